@@ -1,0 +1,7 @@
+from lightning_plugins.callbacks.panorama_report import PanoramaReport as PanoramaReport
+from lightning_plugins.datamodules.panorama_folder import PanoramaFolder as PanoramaFolder
+from lightning_plugins.datamodules.rendered_rooms import RenderedRooms as RenderedRooms
+from lightning_plugins.models.panoramic_depth.module import DepthTeacher as DepthTeacher
+from lightning_plugins.models.panoramic_depth.module import PanoramicDepth as PanoramicDepth
+
+__version__: str

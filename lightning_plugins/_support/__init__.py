@@ -1,0 +1,1 @@
+"""The cellar: what every room uses and what knows neither torch nor Lightning."""

@@ -1,0 +1,53 @@
+"""The table of methods: what ``lightning_plugins`` offers, by public name. It feeds the lazy imports, ``lightning ls``
+and ``lightning info``; the README's table and the cards are tested against it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Method:
+    """One public name.
+
+    Attributes:
+        room: ``models``, ``datamodules``, ``callbacks`` or ``strategies``.
+        module: the module that defines the name.
+        tier: ``stable``, ``beta`` or ``simulation``.
+        summary: its use in one line.
+        card: the page under ``docs/methods``, without ending.
+    """
+
+    room: str
+    module: str
+    tier: str
+    summary: str
+    card: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One recipe: a YAML of knobs, and a script of the same name where there are several phases."""
+
+    summary: str
+    card: str
+
+
+_DEPTH = "lightning_plugins.models.panoramic_depth.module"
+_DATA = "lightning_plugins.datamodules"
+
+METHODS: dict[str, Method] = {
+    "PanoramicDepth": Method("models", _DEPTH, "beta", "depth in metres from one 360-degree photograph", "panoramic_depth"),
+    "DepthTeacher": Method("models", _DEPTH, "beta", "autoencoder of depth whose latent features teach PanoramicDepth", "panoramic_depth"),
+    "RenderedRooms": Method(
+        "datamodules", f"{_DATA}.rendered_rooms", "beta", "ray-cast rooms with exact depth, made on the spot", "panoramic_depth"
+    ),
+    "PanoramaFolder": Method(
+        "datamodules", f"{_DATA}.panorama_folder", "beta", "any folder of 2:1 panoramic photographs", "panoramic_depth"
+    ),
+    "PanoramaReport": Method(
+        "callbacks", "lightning_plugins.callbacks.panorama_report", "beta", "depth previews and a one-file report of any depth model", "panoramic_depth"
+    ),
+}
+
+RECIPES: dict[str, Recipe] = {
+    "panoramic_depth": Recipe("train a panoramic depth model on rendered rooms and run it on photographs", "panoramic_depth"),
+}

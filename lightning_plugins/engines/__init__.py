@@ -1,0 +1,1 @@
+"""Plain torch and numpy: what is computed. No Lightning below this folder."""

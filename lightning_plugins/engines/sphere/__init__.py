@@ -1,0 +1,37 @@
+"""Geometry of the sphere and of equirectangular images: directions, padding, samplings, resampling, rotation, convolution."""
+
+from lightning_plugins.engines.sphere.band_limit import limit_longitude_band
+from lightning_plugins.engines.sphere.band_limit import limit_longitude_band
+from lightning_plugins.engines.sphere.convolution import SphericalConv2d
+from lightning_plugins.engines.sphere.directions import directions_to_pixels, pixel_directions, solid_angles
+from lightning_plugins.engines.sphere.domains import EquirectangularGrid, SpherePoints
+from lightning_plugins.engines.sphere.padding import pad_equirectangular, wrap_convolutions
+from lightning_plugins.engines.sphere.resampling import Resample, sample_equirectangular
+from lightning_plugins.engines.sphere.resizing import resize_equirectangular
+from lightning_plugins.engines.sphere.resizing import resize_equirectangular
+from lightning_plugins.engines.sphere.rings import latitude_rings
+from lightning_plugins.engines.sphere.rotation import rotate_depth, rotate_equirectangular, rotation_from_up
+from lightning_plugins.engines.sphere.sampling import fibonacci_sphere, icosphere
+
+__all__ = [
+    "EquirectangularGrid",
+    "Resample",
+    "SpherePoints",
+    "SphericalConv2d",
+    "directions_to_pixels",
+    "fibonacci_sphere",
+    "icosphere",
+    "latitude_rings",
+    "limit_longitude_band",
+    "limit_longitude_band",
+    "pad_equirectangular",
+    "pixel_directions",
+    "resize_equirectangular",
+    "resize_equirectangular",
+    "rotate_depth",
+    "rotate_equirectangular",
+    "rotation_from_up",
+    "sample_equirectangular",
+    "solid_angles",
+    "wrap_convolutions",
+]

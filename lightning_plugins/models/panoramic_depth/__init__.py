@@ -1,0 +1,1 @@
+"""Panoramic depth: teacher and student."""

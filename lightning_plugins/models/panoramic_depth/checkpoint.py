@@ -1,0 +1,53 @@
+"""Reading and writing the models' checkpoints: safe loading, and one sentence for each way in which a file can be wrong."""
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from lightning_plugins._lightning import LIGHTNING_VERSION, LightningModule
+from lightning_plugins._support.atomic import atomic_write
+from lightning_plugins._support.errors import InputError
+
+ModuleType = TypeVar("ModuleType", bound=LightningModule)
+
+
+def load_module(module_class: type[ModuleType], path: str | Path) -> ModuleType:
+    """Return a module from a checkpoint of Lightning or of ``deploy``, on the CPU, in evaluation mode.
+
+    Raises:
+        InputError: if the file is missing, truncated, no checkpoint, or of another architecture.
+    """
+    name = module_class.__name__
+    if not Path(path).is_file():
+        raise InputError(f"checkpoint {path} does not exist; give a file that a run of panoramic_depth wrote")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        raise InputError(f"checkpoint {path} is truncated or no checkpoint; copy it again, or give another file") from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= set(checkpoint):
+        raise InputError(f"checkpoint {path} holds no state_dict with hyper_parameters; give a file that {name} wrote")
+    try:
+        module = module_class(**checkpoint["hyper_parameters"])
+    except TypeError as error:
+        raise InputError(f"checkpoint {path} is of another model than {name} (its options do not fit); give a file that {name} wrote") from error
+    weights = {key: value for key, value in checkpoint["state_dict"].items() if not key.startswith("adapters.")}
+    expected = module.state_dict()
+    wrong = [key for key in expected.keys() | weights.keys() if key not in weights or key not in expected or weights[key].shape != expected[key].shape]
+    if wrong:
+        raise InputError(
+            f"checkpoint {path} is of another architecture: {len(wrong)} of {len(expected)} tensors differ, {min(wrong)} first; "
+            f"give a file that {name} wrote with this version"
+        )
+    module.load_state_dict(weights)
+    return module.eval()
+
+
+def save_deployed(module: LightningModule, path: str | Path, leave_out: tuple[str, ...]) -> None:
+    """Write a checkpoint without the tensors whose names start with one of ``leave_out``; whole or not at all."""
+    state = {key: value.detach().cpu() for key, value in module.state_dict().items() if not key.startswith(leave_out)}
+    content = {"state_dict": state, "hyper_parameters": dict(module.hparams), "pytorch-lightning_version": LIGHTNING_VERSION}
+    with atomic_write(path) as file:
+        torch.save(content, file)

@@ -1,0 +1,233 @@
+"""Panoramic depth as LightningModules: when what ``network``, ``losses`` and ``metrics`` compute is computed."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+
+from lightning_plugins._lightning import LightningModule, built_for
+from lightning_plugins._support.errors import InputError, nearest
+from lightning_plugins.engines.sphere import resize_equirectangular
+from lightning_plugins.models.panoramic_depth.checkpoint import load_module, save_deployed
+from lightning_plugins.models.panoramic_depth.fusion import saturated_share
+from lightning_plugins.models.panoramic_depth.losses import DISTANCES, berhu, distillation
+from lightning_plugins.models.panoramic_depth.metrics import DepthMetrics
+from lightning_plugins.models.panoramic_depth.network import StudentNetwork, TeacherNetwork, normalize
+
+WIDTHS = [16, 32, 48, 64, 96]
+
+
+class _DepthModule(LightningModule):
+    """What teacher and student share: validation, the optimizer, and refusing bad learning rates."""
+
+    network: nn.Module
+
+    def __init__(self, learning_rate: float, weight_decay: float, preset: str) -> None:
+        super().__init__()
+        if not learning_rate > 0:
+            raise InputError(f"learning_rate must be greater than 0, got {learning_rate}; 0.002 suits the default model")
+        if weight_decay < 0:
+            raise InputError(f"weight_decay must be 0 or more, got {weight_decay}; 0.01 suits the default model")
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.metrics = DepthMetrics(preset)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.hparams_initial}) [{built_for()}]"
+
+    def predict_depth(self, batch: dict[str, Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        prediction = self.predict_depth(batch)
+        self.metrics.update(prediction, batch["depth"], batch["mask"])
+        return {"image": batch["image"], "depth": batch["depth"], "mask": batch["mask"], "prediction": prediction}
+
+    def on_validation_epoch_end(self) -> None:
+        figures = self.metrics.compute()
+        self.metrics.reset()
+        for name, figure in figures.items():
+            self.log(f"val/{name}", figure.float(), prog_bar=name == "abs_rel")
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = OneCycleLR(optimizer, max_lr=self.learning_rate, total_steps=steps, pct_start=0.2, div_factor=10)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class DepthTeacher(_DepthModule):
+    """Autoencoder of depth with its validity mask; its latent features teach ``PanoramicDepth``.
+
+    Batches are dicts with ``depth`` in metres ``(B, 1, H, W)`` and ``mask`` ``(B, 1, H, W)``, True where depth is valid.
+    Paper: Liu et al., arXiv 2405.16858.
+
+    Args:
+        widths: channels of the latent pyramid at strides 2, 4, 8, 16 and 32; the student's must be the same.
+        head: depth head, ``exponential`` or ``sigmoid``.
+        max_depth_m: range of the depth head in metres.
+        learning_rate: peak of the one-cycle schedule of AdamW.
+        weight_decay: of AdamW.
+        preset: evaluation protocol of the validation metrics.
+
+    Raises:
+        InputError: for a value that is out of range or unknown.
+    """
+
+    def __init__(
+        self,
+        widths: list[int] = WIDTHS,
+        head: str = "exponential",
+        max_depth_m: float = 10.0,
+        learning_rate: float = 4e-3,
+        weight_decay: float = 0.01,
+        preset: str = "unifuse",
+    ) -> None:
+        super().__init__(learning_rate, weight_decay, preset)
+        self.save_hyperparameters()
+        self.network = TeacherNetwork(check_widths(widths), head, max_depth_m)
+
+    def forward(self, depth: Tensor, mask: Tensor) -> Tensor:
+        """Return the reconstructed depth in metres, ``(B, 1, H, W)``."""
+        return self.network(depth, mask)
+
+    def predict_depth(self, batch: dict[str, Tensor]) -> Tensor:
+        return self(batch["depth"], batch["mask"])
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = berhu(self.predict_depth(batch), batch["depth"], batch["mask"])
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+
+class PanoramicDepth(_DepthModule):
+    """Depth in metres from one equirectangular image: an equirectangular and a spherical branch, fused, taught by depth itself.
+
+    Batches are dicts with ``image`` ``(B, 3, H, W)`` in [0, 1], and for training ``depth`` in metres and ``mask``, both
+    ``(B, 1, H, W)``. Paper: Liu et al., arXiv 2405.16858; what its text leaves open is a choice here.
+
+    Args:
+        backbone: any timm model that gives features at strides 2 to 32, by name.
+        backbone_options: further arguments of that model, such as ``channels`` of a ResNet.
+        pretrained: start the backbone from timm's weights; needs network access once.
+        widths: channels of the feature pyramid at strides 2, 4, 8, 16 and 32.
+        sphere_widths: channels of the spherical branch at strides 4, 8 and 16; ``[]`` leaves the branch out.
+        fusion: ``band_gated``, ``squeeze_excite`` or ``concat``.
+        head: ``exponential`` or ``sigmoid``.
+        max_depth_m: range of the depth head in metres.
+        teacher: checkpoint of a trained ``DepthTeacher``; without one there is no distillation. Needed for training only.
+        distance: between the student's and the teacher's features: ``l1``, ``cosine`` or ``affinity``.
+        distillation_weight: factor of that distance in the loss.
+        decoder_from_teacher: start the decoder from the teacher's.
+        learning_rate: peak of the one-cycle schedule of AdamW.
+        weight_decay: of AdamW.
+        preset: evaluation protocol of the validation metrics.
+
+    Raises:
+        InputError: for a value that is out of range or unknown, or a teacher that cannot be read.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet10t",
+        backbone_options: dict[str, Any] | None = None,
+        pretrained: bool = False,
+        widths: list[int] = WIDTHS,
+        sphere_widths: list[int] = [24, 48, 64],  # noqa: B006 - never mutated; jsonargparse shows it in the YAML
+        fusion: str = "band_gated",
+        head: str = "exponential",
+        max_depth_m: float = 10.0,
+        teacher: str | None = None,
+        distance: str = "l1",
+        distillation_weight: float = 1.0,
+        decoder_from_teacher: bool = True,
+        learning_rate: float = 2e-3,
+        weight_decay: float = 0.01,
+        preset: str = "unifuse",
+    ) -> None:
+        super().__init__(learning_rate, weight_decay, preset)
+        if distance not in DISTANCES:
+            raise InputError(f"distance must name a distance of features, got {distance!r}; {nearest(distance, DISTANCES)}")
+        if distillation_weight < 0:
+            raise InputError(f"distillation_weight must be 0 or more, got {distillation_weight}; 0 switches the teacher off")
+        # The teacher and the weights to start from belong to a training run, not to the model.
+        self.save_hyperparameters(ignore=["teacher", "pretrained"])
+        self.teacher_path = teacher if distillation_weight > 0 else None
+        self.distance = DISTANCES[distance]
+        self.network = StudentNetwork(
+            backbone, backbone_options, pretrained, check_widths(widths), tuple(sphere_widths), fusion, head, max_depth_m
+        )
+        self.adapters = nn.ModuleList(nn.Conv2d(width, width, 1) for width in widths) if self.teacher_path else None
+        # In a tuple, so that torch does not register it: a frozen teacher belongs in no checkpoint and no optimizer.
+        self._teacher: tuple[TeacherNetwork] | None = None
+
+    def setup(self, stage: str) -> None:
+        if stage != "fit" or self.teacher_path is None:
+            return
+        teacher = load_module(DepthTeacher, self.teacher_path).network.eval().requires_grad_(False)
+        if (ours := self.hparams["widths"]) != (theirs := [step[0].out_channels for step in teacher.encoder]):
+            raise InputError(f"teacher {self.teacher_path} has widths {theirs}, the student {ours}; they must be the same")
+        self._teacher = (teacher,)
+        if self.hparams["decoder_from_teacher"]:
+            self.network.decoder.load_state_dict(teacher.decoder.state_dict())
+
+    def on_fit_start(self) -> None:
+        if self._teacher is not None:
+            self._teacher[0].to(self.device)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return depth in metres ``(B, 1, H, W)`` of images ``(B, 3, H, W)`` in [0, 1]."""
+        return self.network(image)
+
+    def predict_depth(self, batch: dict[str, Tensor]) -> Tensor:
+        return self(batch["image"])
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        depth_m, mask = batch["depth"], batch["mask"]
+        pyramid = self.network.pyramid(normalize(batch["image"]))
+        depth_loss = berhu(self.network.decode(pyramid), depth_m, mask)
+        self.log("train/depth_loss", depth_loss, prog_bar=True)
+        if self._teacher is None:
+            return depth_loss
+        assert self.adapters is not None
+        adapted = [adapter(features) for adapter, features in zip(self.adapters, pyramid, strict=True)]
+        taught = distillation(adapted, self._teacher[0].pyramid(depth_m, mask), mask, self.distance)
+        loss = depth_loss + self.hparams["distillation_weight"] * taught
+        self.log_dict({"train/distillation_loss": taught, "train/loss": loss})
+        return loss
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        if (saturated := saturated_share(self.network)) is not None:
+            self.log("val/gates_saturated_share", saturated)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.predict_depth(batch)
+
+    @torch.no_grad()
+    def predict_panorama(self, image: Tensor, height: int = 64) -> Tensor:
+        """Return the depth in metres ``(H, W)`` of one photograph ``(3, H, W)`` in [0, 1], 2:1 and of any size.
+
+        Args:
+            image: the photograph.
+            height: rows that the network sees; use the size it was trained on.
+        """
+        small = resize_equirectangular(image[None].to(self.device), height, 2 * height)
+        log_depth = self.network(small).log()
+        return resize_equirectangular(log_depth, *image.shape[-2:]).exp()[0, 0]
+
+    def deploy(self, path: str | Path) -> None:
+        """Write what inference needs, and nothing of the training: no teacher, adapters or optimizer. Atomic.
+
+        The file loads with ``PanoramicDepth.load_from_checkpoint(path)``.
+        """
+        save_deployed(self, path, leave_out=("adapters.", "metrics."))
+
+
+def check_widths(widths: list[int]) -> tuple[int, ...]:
+    """Return the widths as a tuple, refusing what is not five positive channels."""
+    if len(widths) != 5 or min(widths) < 1:
+        raise InputError(f"widths must be five channel counts for strides 2 to 32, got {widths}; the default is {WIDTHS}")
+    return tuple(widths)

@@ -1,0 +1,76 @@
+"""The spherical branch: the image on near-uniform points, where a kernel covers the same solid angle at the pole as at the equator.
+
+The image is read once, at the points of stride 2; each stage convolves there and moves on to a quarter of the points. A scale has
+as many points as keep the spacing of its equirectangular grid at the equator: 36 % fewer than pixels, and none crowded at the
+poles. Results are carried to the grids for the fusion. Paper: Liu et al., arXiv 2405.16858; its text leaves lattice and kernel open.
+Ours are latitude rings, which keep the symmetry that rolls of the image by the network's stride have, and a hexagonal ring.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_plugins.engines.sphere import Resample, SphericalConv2d, SpherePoints, latitude_rings
+
+# Rolling the image by this many columns rolls the result.
+COARSEST_STRIDE = 32
+
+
+class SphereBranch(nn.Module):
+    """Features of an image at strides 4, 8, 16 ..., computed on the sphere.
+
+    The index tables belong to one image size and are made anew when another size comes; the weights fit every size.
+
+    Args:
+        widths: channels of each scale.
+        rings: the kernel, as ``(points, radius in node spacings)``.
+    """
+
+    def __init__(self, widths: tuple[int, ...], rings: tuple[tuple[int, float], ...] = ((6, 1.0),)) -> None:
+        super().__init__()
+        channels = (3, max(8, widths[0] // 2), *widths)
+        anywhere = SpherePoints(latitude_rings(4))
+        self.convolutions = nn.ModuleList(
+            SphericalConv2d(a, b, anywhere, rings=rings, bias=False) for a, b in zip(channels[:-1], channels[1:], strict=True)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm1d(width) for width in channels[1:])
+        self.size = (0, 0)
+        self.to_sphere: Resample
+        self.pools = nn.ModuleList()
+        self.to_grids = nn.ModuleList()
+
+    def set_size(self, height: int, width: int) -> None:
+        """Make the tables for images of ``height`` x ``width``."""
+        device = self.convolutions[0].weight.device
+        turns = width // COARSEST_STRIDE
+        scales = [SpherePoints(latitude_rings(height // stride, turns)) for stride in self.strides()]
+        self.convolutions = nn.ModuleList(c.with_domain(p) for c, p in zip(self.convolutions, scales, strict=True)).to(device)
+        self.to_sphere = Resample.grid_to_points(height // 2, width // 2, scales[0].directions()).to(device)
+        self.pools = nn.ModuleList(
+            Resample.points_to_points(fine.directions(), coarse.directions())
+            for fine, coarse in zip(scales[:-1], scales[1:], strict=True)
+        ).to(device)
+        self.to_grids = nn.ModuleList(
+            Resample.points_to_grid(p.directions(), height // s, width // s)
+            for p, s in zip(scales[1:], self.strides()[1:], strict=True)
+        ).to(device)
+        self.size = (height, width)
+
+    def strides(self) -> list[int]:
+        """Return the stride of each stage: 2, then those of the results."""
+        return [2 ** (stage + 1) for stage in range(len(self.convolutions))]
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Return ``(B, widths[s], H / stride, W / stride)`` for strides 4, 8, 16 ... of an image ``(B, 3, H, W)``."""
+        if tuple(image.shape[-2:]) != self.size:
+            self.set_size(*image.shape[-2:])
+        features = self._stage(0, self.to_sphere(F.avg_pool2d(image, 2)))
+        results = []
+        for stage, (pool, to_grid) in enumerate(zip(self.pools, self.to_grids, strict=True), start=1):
+            features = self._stage(stage, pool(features))
+            results.append(to_grid(features))
+        return results
+
+    def _stage(self, stage: int, features: Tensor) -> Tensor:
+        return torch.relu(self.norms[stage](self.convolutions[stage](features)))
+

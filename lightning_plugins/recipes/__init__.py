@@ -1,0 +1,1 @@
+"""What a user launches: ``lightning run NAME``."""

@@ -1,0 +1,168 @@
+"""Starting a target: in this process, in torchrun's elastic agent, or, for a user's own script, in a child process.
+
+Several ranks are the business of torchrun's agent (rendezvous, restarts, signals), started with torchrun's own options. The ranks of a recipe or a YAML are forked
+from a server that has Lightning imported already, since importing it takes each of them about 5 s otherwise. A rank's exception comes back
+through the agent's error files; an `InputError` stays one sentence.
+"""
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import FrameType
+from typing import Any
+
+from lightning_plugins._support.errors import InputError, as_input_error
+from lightning_plugins._support.namespace import NAMESPACES, VARIABLE
+from lightning_plugins._support.run_folder import RunFolder
+from lightning_plugins.recipes.targets import Target, call_target
+from lightning_plugins.recipes.world_size import LAUNCHED
+
+# The loggers in which the agent repeats, at length, what the ranks have said themselves.
+_AGENT_LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
+
+
+class RankError(Exception):
+    """A rank died of a defect; the message is its traceback."""
+
+
+def run_function(target: Target, options: list[str], folder: RunFolder, resume: bool, launch: list[str], debug: bool) -> None:
+    """Run a recipe or a YAML, in this process or on the ranks that ``launch`` asks for.
+
+    Args:
+        target: the recipe or YAML.
+        options: its options.
+        folder: the run folder, made by the caller.
+        resume: go on with an earlier run.
+        launch: torchrun's options; empty for one process.
+        debug: let the agent log.
+
+    Raises:
+        InputError: what the target or a rank refused, or a wrong launch option.
+        RankError: if a rank raised anything else.
+        SystemExit: if a signal ended it, with 128 + its number.
+    """
+    if not launch:
+        call_target(target, options, folder, resume)
+        return
+    namespace = os.environ.get(VARIABLE, NAMESPACES[0])
+    preload = [namespace, f"{namespace}.cli", "lightning_plugins._lightning", "lightning_plugins.recipes.lightning_cli"]
+    multiprocessing.set_forkserver_preload([*preload, *([target.recipe] if target.recipe else [])])
+    _run_agent(launch, debug, _rank, (target, options, folder, resume))
+
+
+def run_script(target: Target, options: list[str], launch: list[str], debug: bool) -> int:
+    """Run a user's own script with this Python and return its exit code; 128 + its number if a signal ended it.
+
+    Args:
+        target: the script.
+        options: its command line.
+        launch: torchrun's options; empty for one process.
+        debug: let the agent log.
+
+    Raises:
+        InputError: if a launch option is wrong.
+    """
+    command = [sys.executable, str(target.file), *options]
+    if not launch:
+        return _run_child(command)
+    try:
+        _run_agent(launch, debug, command[0], tuple(command[1:]))
+    except _RankExit as ended:
+        return ended.code
+    return 0
+
+
+class _RankExit(Exception):
+    """A rank of a user's script ended with an exit code that is not 0."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"a rank ended with exit code {code}")
+        self.code = code
+
+
+def _rank(target: Target, options: list[str], folder: RunFolder, resume: bool) -> None:
+    """What every rank of a recipe or YAML does; a refusal is recorded by torch as what it is."""
+    try:
+        call_target(target, options, folder, resume)
+    except Exception as error:
+        refusal = as_input_error(error)
+        if refusal is None or refusal is error:
+            raise
+        raise InputError(str(refusal)) from error
+
+
+def _run_agent(launch: list[str], debug: bool, entrypoint: Callable[..., None] | str, arguments: tuple[Any, ...]) -> None:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, get_args_parser
+
+    settings = get_args_parser().parse_args([*launch, "the target is given below"])
+    try:
+        local_ranks = int(settings.nproc_per_node) if settings.nproc_per_node.isdigit() else 1
+        # Ranks share the cores; torchrun would give each one thread, and print a banner about it.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local_ranks)))
+        config = config_from_args(settings)[0]
+    except (ValueError, AssertionError) as error:
+        raise InputError(f"the launch options {' '.join(launch)} are wrong: {error}") from error
+    if not debug:
+        for name in _AGENT_LOGGERS:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ[LAUNCHED] = "1"
+    with TemporaryDirectory(prefix="lightning-run-") as logs:
+        config.start_method = "forkserver"
+        config.logs_specs = DefaultLogsSpecs(log_dir=logs)
+        try:
+            elastic_launch(config, entrypoint)(*arguments)
+        except SignalException as received:
+            raise SystemExit(128 + received.sigval) from received
+        except ChildFailedError as failed:
+            code = failed.get_first_failure()[1].exitcode
+            if isinstance(entrypoint, str):
+                raise _RankExit(code if code >= 0 else 128 - code) from None
+            _raise_of_ranks(Path(logs), failed)
+
+
+def _raise_of_ranks(logs: Path, failed: Exception) -> None:
+    """Raise the sentence of the rank that refused something, else the traceback of the first rank that failed."""
+    messages = []
+    for file in sorted(logs.rglob("error.json"), key=lambda path: path.stat().st_mtime_ns):
+        message = json.loads(file.read_text(encoding="utf-8"))["message"]
+        messages.append(message if isinstance(message, dict) else {"message": message, "extraInfo": {"py_callstack": message}})
+    refusal = f"{InputError.__name__}: "
+    for message in messages:
+        if message["message"].startswith(refusal):
+            raise InputError(message["message"].removeprefix(refusal)) from RankError(message["extraInfo"]["py_callstack"])
+    raise RankError(messages[0]["extraInfo"]["py_callstack"] if messages else str(failed)) from None
+
+
+def _run_child(command: list[str]) -> int:
+    """Run a command on this terminal, hand it the signals that end a run, and return its exit code."""
+    child = subprocess.Popen(command)
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        child.send_signal(number)
+
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    previous = {number: signal.signal(number, signal.SIG_IGN if _from_terminal(number) else forward) for number in numbers}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+def _from_terminal(number: int) -> bool:
+    """Tell whether the terminal sends this signal to the child as well, so that forwarding it would send it twice."""
+    if number != signal.SIGINT or not sys.stdin.isatty():
+        return False
+    return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()

@@ -1,0 +1,67 @@
+"""Metadata and extras of lightning_plugins; tool settings are in pyproject.toml, the tested versions in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+VISION = ["torchvision", "timm>=1.0.9", "opencv-python-headless"]
+CLI = ["jsonargparse[signatures]>=4.39", "rich", "click"]
+REPORT = ["matplotlib", "jinja2", "pillow"]
+WANDB = ["wandb"]
+TEST = ["pytest", "pytest-timeout", "hypothesis", "scipy", "psutil", "markdown-it-py", "pyyaml", "lightning", "setuptools"]
+LINT = ["ruff", "mypy", "import-linter", "types-PyYAML"]
+DOCS = ["mkdocs-material", "mkdocstrings[python]"]
+
+setup(
+    name="lightning_plugins",
+    version="0.1.0",
+    description="Ten papers' training systems as plugins for PyTorch Lightning",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.10",
+    packages=find_packages(include=["lightning_plugins", "lightning_plugins.*"]),
+    package_data={"lightning_plugins": ["py.typed", "__init__.pyi", "recipes/*.yaml", "reporting/templates/*"]},
+    install_requires=[
+        "torch>=2.6",
+        # 2.6.2 and 2.6.3 were malicious releases (GHSA-w37p-236h-pfx3).
+        "pytorch-lightning>=2.5.1,!=2.6.2,!=2.6.3,<3",
+        "lightning-utilities",
+        "numpy",
+    ],
+    extras_require={
+        "vision": VISION,
+        "report": REPORT,
+        "wandb": WANDB,
+        "cli": CLI,
+        "deepspeed": ["deepspeed; sys_platform == 'linux'"],
+        "docs": DOCS,
+        "test": TEST,
+        "lint": LINT,
+        # Everything that installs everywhere: without deepspeed, which wants a CUDA toolkit.
+        "all": VISION + REPORT + WANDB + CLI,
+    },
+    entry_points={
+        "console_scripts": [
+            "lightning = lightning_plugins.cli:main",
+            "lightning-plugins = lightning_plugins.cli:main",
+        ],
+        # Each Trainer asks the group of its own namespace; both give nothing unless `lightning run` started the process.
+        "lightning.pytorch.callbacks_factory": ["lightning_plugins = lightning_plugins.recipes.world_size:for_lightning"],
+        "pytorch_lightning.callbacks_factory": ["lightning_plugins = lightning_plugins.recipes.world_size:for_pytorch_lightning"],
+    },
+)
