@@ -50,7 +50,7 @@ docs: $(VENV)/installed
 	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/installed
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in benchmarks/[!_]*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build site *.egg-info

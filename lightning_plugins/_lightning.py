@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule as LightningDataModule
     from pytorch_lightning import LightningModule as LightningModule
     from pytorch_lightning import Trainer as Trainer
-    from pytorch_lightning import __version__ as LIGHTNING_VERSION
     from pytorch_lightning import seed_everything as seed_everything
     from pytorch_lightning.callbacks import ModelCheckpoint as ModelCheckpoint
     from pytorch_lightning.cli import LightningCLI as LightningCLI
@@ -40,6 +39,8 @@ if TYPE_CHECKING:
     from pytorch_lightning.loggers import CSVLogger as CSVLogger
     from pytorch_lightning.loggers import Logger as Logger
     from pytorch_lightning.loggers import WandbLogger as WandbLogger
+
+    LIGHTNING_VERSION: str
 else:
     _root = import_module(NAMESPACE)
     Callback = _root.Callback

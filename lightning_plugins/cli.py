@@ -5,7 +5,6 @@ environment. Exit codes: 0; 2 for what the user can mend, with one sentence on t
 traceback; 130 and 143 after Ctrl-C and SIGTERM, with the line that resumes; a user's own script keeps its own.
 """
 
-import argparse
 import signal
 import sys
 import traceback
@@ -15,26 +14,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from lightning_plugins._support.catalogue import describe, list_all
-from lightning_plugins._support.errors import InputError, as_input_error, causes, nearest
-from lightning_plugins._support.methods import RECIPES
+from lightning_plugins._support.catalogue import copy_recipe, describe, list_all
+from lightning_plugins._support.errors import InputError, RankError, as_input_error, causes, nearest
 from lightning_plugins._support.run_folder import RunFolder
+from lightning_plugins.recipes.launch_options import Parser, run_parser, several_machines, split_run, torchrun_options
 
-# Options of `lightning run` that torchrun's agent takes as they are: type, metavar, help.
-LAUNCH_OPTIONS: dict[str, tuple[str, str]] = {
-    "--nproc-per-node": ("N", "processes on this machine, or gpu: one for each GPU (default 1)"),
-    "--nnodes": ("N", "machines, or MIN:MAX for a run that shrinks and grows (default 1)"),
-    "--max-restarts": ("N", "how often the ranks are started again after a failure (default 0)"),
-    "--node-rank": ("N", "this machine's number, for the static rendezvous"),
-    "--rdzv-endpoint": ("HOST:PORT", "where the machines meet"),
-    "--rdzv-backend": ("NAME", "how they meet: c10d or static"),
-    "--rdzv-id": ("ID", "the name of this run among those that meet there; also of its run folder when there are several machines"),
-    "--rdzv-conf": ("KEY=VALUE,...", "further settings of the rendezvous"),
-    "--master-addr": ("HOST", "rank 0's machine, for the static rendezvous"),
-    "--master-port": ("PORT", "its port, for the static rendezvous"),
-    "--local-addr": ("HOST", "this machine's own address"),
-    "--monitor-interval": ("SECONDS", "how often the agent looks at its ranks"),
-}
 RUN_FINISHED = "run"
 SDK = "lightning-sdk"
 
@@ -43,36 +27,26 @@ class Terminated(SystemExit):
     """SIGTERM, raised where the program stands so that everything on the way out is closed."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see: {self.prog} --help")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     word, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    command = _COMMANDS.get(word, (None, ""))[0]
-    debug = [False]
     try:
-        if command:
-            return command(rest, debug)
+        if word in _COMMANDS:
+            return _COMMANDS[word][0](rest)
         if word in ("-h", "--help"):
             print(_usage())
             return 0
         return _hand_over(word, rest)
-    except Exception as error:
-        return _report(error, debug[0])
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        return _report(error, debug="--debug" in rest)
 
 
 def _report(error: Exception, debug: bool) -> int:
     """Print what a user needs of an error and return the exit code."""
-    from lightning_plugins._support.errors import RankError
-
     refusal = as_input_error(error)
     if isinstance(error, RankError):
         print(error, file=sys.stderr)
@@ -84,81 +58,183 @@ def _report(error: Exception, debug: bool) -> int:
     return 2
 
 
-def _run(arguments: list[str], debug: list[bool]) -> int:
+def _run(arguments: list[str]) -> int:
     own, word, options = split_run(arguments)
-    parser = _run_parser()
-    given = parser.parse_args(own)
-    debug[0] = given.debug
-    from lightning_plugins.recipes.launching import run_function, run_script
+    given = run_parser().parse_args(own)
+    launch = torchrun_options(given)
     from lightning_plugins.recipes.targets import choose_yaml_namespace, find_target
 
-    launch = _torchrun_options(given)
     if given.resume:
-        folder = RunFolder.open(given.resume)
-        record = folder.read()
-        if options:
-            raise InputError(f"--resume goes on with the recorded options, but got {' '.join(options)} as well; leave them out")
-        target, options = find_target(record["target"]), record["options"]
-        if word is not None and find_target(word) != target:
-            raise InputError(f"{folder.path} is a run of {record['target']}, not of {word}; leave the target out")
+        folder, target = _open_run(given.resume, word, options)
         if folder.is_finished(RUN_FINISHED):
-            print(f"the run is finished; there is nothing to resume\n{folder.path}")
+            print(f"this run is finished; there is nothing to resume\n{folder.path}")
             return 0
+        options = folder.read()["options"]
     elif word is None:
-        raise InputError("lightning run needs a target: a recipe's name, or the path of a .yaml or .py; `lightning ls` lists the recipes")
+        raise InputError(
+            "lightning run needs a target: a recipe's name, or the path of a .yaml or .py; `lightning ls` lists the recipes"
+        )
     else:
         target = find_target(word)
     if target.is_script:
+        from lightning_plugins.recipes.launching import run_script
+
         return run_script(target, options, launch, given.debug)
     if target.file:
         choose_yaml_namespace(target.file, options)
+    if any(option in ("-h", "--help") or option.startswith("--print_config") for option in options):
+        return _show_help(target, options)
     if not given.resume:
-        folder = RunFolder.create(given.runs_dir, target.name, options, target=target.given)
+        shared = given.rdzv_id if several_machines(given) else None
+        folder = RunFolder.create(given.runs_dir, target.name, options, target=target.given, shared_name=shared)
+    return _run_in(folder, target, options, bool(given.resume), launch, given.debug)
+
+
+def _open_run(path: str, word: str | None, options: list[str]) -> tuple[RunFolder, Any]:
+    """Return the folder and the target of a run to go on with."""
+    from lightning_plugins.recipes.targets import find_target
+
+    folder = RunFolder.open(path)
+    recorded = folder.read()["target"]
+    if options:
+        raise InputError(f"--resume goes on with the recorded options, but got {' '.join(options)} as well; leave them out")
+    if word is not None and find_target(word).given != recorded:
+        raise InputError(f"{folder.path} is a run of {recorded}, not of {word}; leave the target out")
+    return folder, find_target(recorded)
+
+
+def _show_help(target: Any, options: list[str]) -> int:
+    """Let a target print its help or configuration, which leaves no run folder."""
+    from tempfile import TemporaryDirectory
+
+    from lightning_plugins.recipes.targets import call_target
+
+    with TemporaryDirectory() as scratch:
+        call_target(target, options, RunFolder(Path(scratch)), False)
+    return 0
+
+
+def _run_in(folder: RunFolder, target: Any, options: list[str], resume: bool, launch: list[str], debug: bool) -> int:
+    """Run a recipe or YAML in its folder; print the folder last, or the line that resumes the run."""
+    from lightning_plugins.recipes.launching import run_function
+
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        run_function(target, options, folder, bool(given.resume), launch, given.debug)
+        run_function(target, options, folder, resume, launch, debug)
     except BaseException as error:
         code = _signal_code(error)
         if code is None:
-            folder.discard_unused()
+            if not resume:
+                folder.discard_unused()
             raise
         print(f"stopped; to go on: lightning run --resume {folder.path}", file=sys.stderr)
         return code
     folder.finish(RUN_FINISHED)
-    print(folder.path)
+    print(folder.path, flush=True)
     return 0
 
 
-def split_run(arguments: list[str]) -> tuple[list[str], str | None, list[str]]:
-    """Split the words after `lightning run` into ours, the target, and the target's.
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated(128 + number)
 
-    Ours may stand before and after the target; after a script only the launch options are ours. What follows ``--`` is the target's.
+
+def _signal_code(error: BaseException) -> int | None:
+    """Return the exit code if a signal ended the run; Lightning turns Ctrl-C into SystemExit(1)."""
+    if isinstance(error, SystemExit) and error.code in (130, 143):
+        return int(error.code)
+    if isinstance(error, KeyboardInterrupt | SystemExit) and any(isinstance(cause, KeyboardInterrupt) for cause in causes(error)):
+        return 130
+    return None
+
+
+def _ls(arguments: list[str]) -> int:
+    Parser(prog="lightning ls", description="List the recipes and the methods.").parse_args(arguments)
+    print(list_all())
+    return 0
+
+
+def _info(arguments: list[str]) -> int:
+    parser = Parser(prog="lightning info", description="Show a method's options and card, or a recipe's knobs.")
+    parser.add_argument("name", metavar="NAME")
+    print(describe(parser.parse_args(arguments).name))
+    return 0
+
+
+def _cp(arguments: list[str]) -> int:
+    parser = Parser(prog="lightning cp", description="Copy a recipe's YAML, to change it and run the copy.")
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("file", metavar="FILE", type=Path)
+    given = parser.parse_args(arguments)
+    copy_recipe(given.name, given.file)
+    print(given.file)
+    return 0
+
+
+def _validate(arguments: list[str]) -> int:
+    parser = Parser(prog="lightning validate", description="Build everything a YAML names, without running it.")
+    parser.add_argument("file", metavar="FILE", type=Path)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
+    given = parser.parse_args(arguments)
+    from lightning_plugins.recipes.targets import validate_yaml
+
+    validate_yaml(given.file)
+    print("OK")
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    Parser(prog="lightning doctor", description="Look for the known traps of the installed packages.").parse_args(arguments)
+    from lightning_plugins._support.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        print(finding)
+    return int(any(finding.is_trap for finding in findings))
+
+
+def _hand_over(word: str, arguments: list[str]) -> int:
+    """Hand a word of lightning-sdk's own to it; refuse every other.
 
     Raises:
-        InputError: if an option that is not ours stands before the target.
+        InputError: if the word is nobody's.
     """
-    own: list[str] = []
-    options: list[str] = []
-    target: str | None = None
-    words = iter(arguments)
-    for word in words:
-        name = word.partition("=")[0].replace("_", "-")
-        takes_value = name in LAUNCH_OPTIONS or name in ("--resume", "--runs-dir")
-        is_own = takes_value or name == "--debug" or (target is None and name in ("-h", "--help"))
-        if target is not None and target.endswith(".py"):
-            is_own = name in LAUNCH_OPTIONS
-        if word == "--":
-            options.extend(words)
-        elif is_own:
-            own.append(name + word[len(name) :])
-            if takes_value and "=" not in word:
-                own.extend(value for value in [next(words, None)] if value is not None)
-        elif target is None and "--resume" not in (option.partition("=")[0] for option in own):
-            if word.startswith("-"):
-                raise InputError(f"unknown option {word} before the target; {nearest(name, [*LAUNCH_OPTIONS, '--resume', '--runs-dir', '--debug'])}")
-            target = word
-        elif target is None and not word.startswith("-"):
-            target = word
-        else:
-            options.append(word)
-    return own, target, options
+    unknown = f"unknown command {word!r}; {nearest(word, _COMMANDS)}"
+    try:
+        scripts = metadata.distribution(SDK).entry_points.select(group="console_scripts", name=SDK)
+    except metadata.PackageNotFoundError:
+        raise InputError(f"{unknown}; if it is a word of {SDK}: pip install {SDK}") from None
+    try:
+        group = next(iter(scripts)).load()
+        words = group.commands
+    except Exception as error:
+        raise InputError(f"{unknown}; {SDK} is installed, but its command cannot be loaded ({error})") from error
+    if word not in words:
+        raise InputError(unknown)
+    group(args=[word, *arguments], prog_name="lightning")
+    return 0
+
+
+def _usage() -> str:
+    lines = [f"  {word:<10}{text}" for word, (_, text) in _COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lightning COMMAND ...",
+            "",
+            *lines,
+            "",
+            f"Other words are handed to {SDK}, where it is installed and knows them.",
+        ]
+    )
+
+
+_COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "run": (_run, "run a recipe, a YAML, or a script of your own"),
+    "ls": (_ls, "list the recipes and methods"),
+    "info": (_info, "show a method's options and card, or a recipe's knobs"),
+    "cp": (_cp, "copy a recipe's YAML"),
+    "validate": (_validate, "build everything a YAML names, without running it"),
+    "doctor": (_doctor, "look for known traps of the installed packages"),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

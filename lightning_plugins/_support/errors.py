@@ -21,6 +21,10 @@ class PackageError(ImportError):
     """A package is missing or must not be used; the message ends with the command that mends it."""
 
 
+class RankError(Exception):
+    """A rank of several died of a defect; the message is its traceback."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return a clause that names the valid words nearest to ``name``, or all of them if none is near."""
     valid = sorted(valid)
@@ -51,7 +55,9 @@ def as_input_error(error: BaseException) -> InputError | None:
             return InputError(one_line(str(cause)))
         if isinstance(cause, OSError) and cause.errno in _STORAGE_ERRNOS:
             place = cause.filename or "a file of the run"
-            return InputError(f"{place}: {cause.strerror}; free space or permit it there, or choose another place with --runs-dir DIR")
+            return InputError(
+                f"{place}: {cause.strerror}; free space or permit it there, or choose another place with --runs-dir DIR"
+            )
         if isinstance(cause, RuntimeError) and any(words in str(cause) for words in _TORCH_WRITE_FAILURES):
             return InputError("a checkpoint could not be written; free space, or choose another place with --runs-dir DIR")
     return None

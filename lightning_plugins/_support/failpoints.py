@@ -96,7 +96,7 @@ def _parse(specification: str) -> dict[str, _Armed]:
             count = int(numbers[wanted]) if len(numbers) > wanted else 1
         except (IndexError, ValueError):
             count = number = 0
-        if not name or len(numbers) > wanted + 1 or count < 1 or number < 0:
+        if not name or len(numbers) > wanted + 1 or count < 1 or not 0 <= number < float("inf"):
             form = f"name={action}" + ":NUMBER" * wanted
             raise InputError(f"fail-point {part!r} is not understood; write {form} or {form}:COUNT, with COUNT 1 or more")
         points[name] = _Armed(action, number, count)

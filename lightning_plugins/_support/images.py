@@ -141,9 +141,10 @@ def _opened(path: str | Path) -> Iterator[Any]:
 
 
 def _check_header(path: Path, image: Any) -> None:
+    # The cap comes first: asking a PNG for its EXIF data already decodes it.
+    if image.width * image.height > MAX_PIXELS:
+        raise InputError(_too_large(path, f"{image.width} x {image.height} pixels"))
     width, height = _upright_size(image)
-    if width * height > MAX_PIXELS:
-        raise InputError(_too_large(path, f"{width} x {height} pixels"))
     if height < MIN_HEIGHT_PX:
         raise InputError(
             f"{path} is only {width} x {height} pixels; a panorama needs at least {MIN_HEIGHT_PX} rows: give a larger one"

@@ -36,7 +36,9 @@ _DATA = "lightning_plugins.datamodules"
 
 METHODS: dict[str, Method] = {
     "PanoramicDepth": Method("models", _DEPTH, "beta", "depth in metres from one 360-degree photograph", "panoramic_depth"),
-    "DepthTeacher": Method("models", _DEPTH, "beta", "autoencoder of depth whose latent features teach PanoramicDepth", "panoramic_depth"),
+    "DepthTeacher": Method(
+        "models", _DEPTH, "beta", "autoencoder of depth whose latent features teach PanoramicDepth", "panoramic_depth"
+    ),
     "RenderedRooms": Method(
         "datamodules", f"{_DATA}.rendered_rooms", "beta", "ray-cast rooms with exact depth, made on the spot", "panoramic_depth"
     ),
@@ -44,7 +46,11 @@ METHODS: dict[str, Method] = {
         "datamodules", f"{_DATA}.panorama_folder", "beta", "any folder of 2:1 panoramic photographs", "panoramic_depth"
     ),
     "PanoramaReport": Method(
-        "callbacks", "lightning_plugins.callbacks.panorama_report", "beta", "depth previews and a one-file report of any depth model", "panoramic_depth"
+        "callbacks",
+        "lightning_plugins.callbacks.panorama_report",
+        "beta",
+        "depth previews and a one-file report of any depth model",
+        "panoramic_depth",
     ),
 }
 

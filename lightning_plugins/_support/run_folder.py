@@ -1,6 +1,7 @@
 """The folder of one run, ``runs/<recipe>/<date-time>/``: made once by the launcher, found again by ``--resume``."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -24,7 +25,13 @@ class RunFolder:
 
     @classmethod
     def create(
-        cls, root: str | Path, recipe: str, options: list[str], now: datetime | None = None, target: str | None = None
+        cls,
+        root: str | Path,
+        recipe: str,
+        options: list[str],
+        now: datetime | None = None,
+        target: str | None = None,
+        shared_name: str | None = None,
     ) -> "RunFolder":
         """Make ``root/recipe/<date-time>`` (with ``-2``, ``-3`` ... if that exists).
 
@@ -34,14 +41,18 @@ class RunFolder:
             options: what the target was given, to be given again by ``--resume``.
             now: the time to name the folder by.
             target: what to start again on ``--resume``: the recipe, or the whole path of a YAML; the recipe if None.
+            shared_name: the folder's name instead of the time, where the launchers of several machines make it together.
 
         Raises:
             InputError: if the folder cannot be made or written.
         """
         stamp = (now or datetime.now()).strftime("%Y-%m-%d_%H-%M-%S")
         parent = Path(root) / recipe
+        record = {"recipe": recipe, "target": target or recipe, "options": options, "finished": []}
         try:
             parent.mkdir(parents=True, exist_ok=True)
+            if shared_name is not None:
+                return cls._join((parent / shared_name).resolve(), record)
             for count in range(1, 1000):
                 path = parent / (stamp if count == 1 else f"{stamp}-{count}")
                 try:
@@ -49,12 +60,26 @@ class RunFolder:
                 except FileExistsError:
                     continue
                 run = cls(path.resolve())
-                run._write({"recipe": recipe, "target": target or recipe, "options": options, "finished": []})
+                run._write(record)
                 return run
         except OSError as error:
             reason = f"{error.strerror or error}"
-            raise InputError(f"the run folder {parent} cannot be written ({reason}); choose another place with --runs-dir DIR") from error
+            raise InputError(
+                f"the run folder {parent} cannot be written ({reason}); choose another place with --runs-dir DIR"
+            ) from error
         raise InputError(f"{parent} already holds 999 runs of {stamp}; choose another place with --runs-dir DIR")
+
+    @classmethod
+    def _join(cls, path: Path, record: dict[str, Any]) -> "RunFolder":
+        run = cls(path)
+        path.mkdir(exist_ok=True)
+        if not (path / STATE_FILE).exists():
+            run._write(record)
+        elif run.read() != record:
+            raise InputError(
+                f"{path} is the folder of another run; give this one a --rdzv-id of its own, or go on with --resume {path}"
+            )
+        return run
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
@@ -71,7 +96,9 @@ class RunFolder:
                 f"--resume got {path}, which holds no readable {STATE_FILE}; give the run folder that the killed run printed"
             ) from error
         if not isinstance(state, dict) or not {"recipe", "target", "options", "finished"} <= set(state):
-            raise InputError(f"{run.path / STATE_FILE} is not the record of a run; give the run folder that the killed run printed")
+            raise InputError(
+                f"{run.path / STATE_FILE} is not the record of a run; give the run folder that the killed run printed"
+            )
         return run
 
     def read(self) -> dict[str, Any]:
@@ -90,10 +117,15 @@ class RunFolder:
             self._write(state)
 
     def discard_unused(self) -> None:
-        """Remove the folder if it holds nothing but its record: the run was refused before it wrote anything."""
-        if [entry.name for entry in self.path.iterdir()] == [STATE_FILE]:
-            (self.path / STATE_FILE).unlink()
-            self.path.rmdir()
+        """Remove the folder if it holds nothing but its record: the run was refused before it wrote anything.
+
+        The recipe's folder goes too if this was its only run.
+        """
+        with suppress(OSError):  # it may be why the run was refused
+            if [entry.name for entry in self.path.iterdir()] == [STATE_FILE]:
+                (self.path / STATE_FILE).unlink()
+                self.path.rmdir()
+                self.path.parent.rmdir()
 
     def _write(self, state: dict[str, Any]) -> None:
         with atomic_write(self.path / STATE_FILE, "w") as file:

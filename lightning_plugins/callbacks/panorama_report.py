@@ -20,8 +20,7 @@ class PanoramaReport(Callback):
     It reads what ``validation_step`` returns: a dict with ``image`` ``(B, 3, H, W)`` in [0, 1] and ``depth``, ``mask`` and
     ``prediction``, each ``(B, 1, H, W)`` or ``(B, H, W)``, depths in metres. Files: ``previews/epoch_XXX_sample_Y.png`` on a
     scale that stays the same through all epochs, and ``report.html`` with samples, error maps, curves (from a CSVLogger, if
-    the trainer has one) and final metrics. Only the first process writes; the sanity check writes nothing. About 0.4 s of one
-    core a sample.
+    the trainer has one) and final metrics. Only the first process writes; the sanity check writes nothing.
 
     Args:
         samples: panoramas to draw, the first ones of the validation data; 0 writes the report without any.
@@ -164,6 +163,5 @@ def _loggers(trainer: Trainer, name: str) -> list[Any]:
 def _logged(trainer: Trainer) -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
     for logger in _loggers(trainer, "CSVLogger"):
-        logger.save()  # it holds back up to 100 rows
         rows += read_metrics(Path(logger.log_dir) / "metrics.csv")
     return rows

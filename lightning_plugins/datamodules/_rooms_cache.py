@@ -52,7 +52,7 @@ def load_or_render(first_seed: int, count: int, height: int, distribution: RoomD
         return render_rooms(first_seed, count, height, distribution, label)
     path = cache / f"rooms_{count}x{height}_{_fingerprint(first_seed, count, height, distribution)}.npz"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return Rooms(file["image"], file["depth_m"], file["mask"])
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # absent, truncated, or not ours
         pass

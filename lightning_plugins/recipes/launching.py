@@ -1,8 +1,8 @@
 """Starting a target: in this process, in torchrun's elastic agent, or, for a user's own script, in a child process.
 
-Several ranks are the business of torchrun's agent (rendezvous, restarts, signals), started with torchrun's own options. The ranks of a recipe or a YAML are forked
-from a server that has Lightning imported already, since importing it takes each of them about 5 s otherwise. A rank's exception comes back
-through the agent's error files; an `InputError` stays one sentence.
+Several ranks are the business of torchrun's agent (rendezvous, restarts, signals), started with torchrun's own options. The
+ranks of a recipe or a YAML are forked from a server that has Lightning imported already, since importing it takes each of them
+about 5 s otherwise. A rank's exception comes back through the agent's error files; an `InputError` stays one sentence.
 """
 
 import json
@@ -18,18 +18,18 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
-from lightning_plugins._support.errors import InputError, as_input_error
+from lightning_plugins._support.errors import InputError, RankError, as_input_error
 from lightning_plugins._support.namespace import NAMESPACES, VARIABLE
 from lightning_plugins._support.run_folder import RunFolder
 from lightning_plugins.recipes.targets import Target, call_target
 from lightning_plugins.recipes.world_size import LAUNCHED
 
 # The loggers in which the agent repeats, at length, what the ranks have said themselves.
-_AGENT_LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
-
-
-class RankError(Exception):
-    """A rank died of a defect; the message is its traceback."""
+_AGENT_LOGGERS = (
+    "torch.distributed.elastic.multiprocessing.api",
+    "torch.distributed.elastic.agent.server.api",
+    "torch.multiprocessing.spawn",
+)
 
 
 def run_function(target: Target, options: list[str], folder: RunFolder, resume: bool, launch: list[str], debug: bool) -> None:

@@ -1,8 +1,8 @@
 """Lightning's own CLI for recipes and plain YAML files: into one run folder, on the launched ranks, with one-sentence refusals.
 
 ``RecipeCLI`` differs from ``LightningCLI`` in four things: everything goes to the run folder (also the configuration, written
-whole and written again on resume), ``trainer.devices`` and ``num_nodes`` follow the launch, an option is never guessed from an abbreviation, and
-whatever the YAML got wrong is an `InputError` of one sentence instead of jsonargparse's nested report.
+whole and written again on resume), ``trainer.devices`` and ``num_nodes`` follow the launch, an option is never guessed from an
+abbreviation, and whatever the YAML got wrong is an `InputError` of one sentence instead of jsonargparse's nested report.
 """
 
 import os
@@ -85,14 +85,16 @@ def refusals(errors: tuple[type[Exception], ...] = (ValueError, TypeError)) -> I
     Raises:
         InputError: the refusal. Other exceptions pass unchanged: they are defects.
     """
-    refused = (*errors, submodule("utilities.exceptions").MisconfigurationException)
+    misconfiguration = submodule("utilities.exceptions").MisconfigurationException
     try:
         yield
     except Exception as error:
         if as_input_error(error) is not None:
             raise
         cause = innermost(error)
-        if isinstance(cause, refused):
+        if isinstance(cause, misconfiguration):
+            raise InputError(f"Lightning refuses these settings: {one_line(str(cause))}; change them under trainer:") from error
+        if isinstance(cause, errors):
             raise InputError(one_line(str(cause))) from error
         raise
 

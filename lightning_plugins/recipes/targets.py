@@ -58,8 +58,7 @@ def find_target(word: str) -> Target:
         if word in RECIPES:
             return _recipe(word)
         raise InputError(
-            f"no recipe is called {word!r}; {nearest(word, RECIPES)}; a file is given with its ending, .yaml, .yml or .py, and "
-            "`lightning ls` lists the recipes"
+            f"no recipe is called {word!r}, and a file is given with its ending, .yaml, .yml or .py; {nearest(word, RECIPES)}"
         )
     if not path.is_file():
         raise InputError(f"there is no file {word}; give the path of an existing .yaml, .yml or .py, or a recipe's name")
@@ -100,19 +99,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def choose_yaml_namespace(path: Path, options: list[str]) -> None:
     """Let the class paths of a YAML decide which Lightning is used, before anything imports one.
 
-    A path into one of the namespaces decides at once, through the environment variable that ranks inherit. Otherwise the
-    modules of the user's own classes are imported, and what they import is what ``_lightning.py`` then finds loaded. The folder of the YAML and the
-    working directory are put last on the import path, where they shadow nothing.
+    A path into one of the namespaces decides at once, through the environment variable that ranks inherit. Otherwise the modules
+    of the user's own classes are imported, and the Lightning that they import is taken. The folder of the YAML and the working
+    directory are put last on the import path, where they shadow nothing.
 
     Raises:
         InputError: if both namespaces are named, or the variable says another one than the YAML.
     """
     sys.path.extend(folder for folder in (str(path.parent), os.getcwd()) if folder not in sys.path)
-    paths = [*_class_paths(read_yaml(path)), *(option.partition("=")[2] or option for option in options)]
-    named = {namespace for name in paths if (namespace := namespace_of(name))}
+    content = read_yaml(path)
+    words = [*_values(content), *(option.partition("=")[2] or option for option in options)]
+    named = {namespace for word in words if (namespace := namespace_of(word))}
     if len(named) > 1:
         raise InputError(
-            f"{path} names classes of both pytorch_lightning and lightning.pytorch, whose classes do not fit together; keep to one"
+            f"{path} names classes of both pytorch_lightning and lightning.pytorch, which do not fit together; keep to one"
         )
     if named:
         namespace = named.pop()
@@ -121,7 +121,7 @@ def choose_yaml_namespace(path: Path, options: list[str]) -> None:
         return
     if VARIABLE in os.environ:
         return
-    for name in _class_paths(read_yaml(path)):
+    for name in _values(content, "class_path"):
         module = name.rpartition(".")[0]
         if module and not module.startswith("lightning_plugins"):
             try:
@@ -170,10 +170,12 @@ def _recipe(name: str) -> Target:
     return Target(name, recipe=module if find_spec(module) else None)
 
 
-def _class_paths(node: Any) -> Iterator[str]:
-    """Yield every ``class_path`` in a YAML, at any depth, and the callbacks and the like that are given as a bare string."""
-    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    for child in children:
-        yield from _class_paths(child)
-    if isinstance(node, str) and "." in node and all(part.isidentifier() for part in node.split(".")):
-        yield node
+def _values(node: Any, key: str | None = None) -> Iterator[str]:
+    """Yield every string in a YAML, at any depth; only those that stand under ``key``, if one is given."""
+    pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, child in pairs:
+        if isinstance(child, str):
+            if key in (None, name):
+                yield child
+        else:
+            yield from _values(child, key)

@@ -1,9 +1,9 @@
 """A run whose Trainer expects another number of processes than were launched stops at once.
 
-Without this, two ranks whose Trainer says ``devices=1`` are two trainings that both believe to be rank 0 and write over each other.
-Lightning asks the entry-point groups ``<namespace>.callbacks_factory`` for callbacks of every Trainer in the environment: both
-factories give nothing unless `lightning run` launched several ranks, which it says in a variable. The callback is built on the
-namespace whose Trainer asked, so a user's script of either import style is checked and none of our adapters is imported.
+Without this, two ranks whose Trainer says ``devices=1`` are two trainings that both believe to be rank 0 and write over each
+other. Lightning asks the entry-point groups ``<namespace>.callbacks_factory`` for callbacks of every Trainer in the environment:
+both factories give nothing unless `lightning run` launched several ranks, which it says in a variable. The callback is built on
+the namespace whose Trainer asked, so a user's script of either import style is checked and none of our adapters is imported.
 """
 
 import os

@@ -1,16 +1,19 @@
 """One sentence out of jsonargparse's nested reports.
 
-jsonargparse wraps each error once for every level of the YAML (class path, union of types, parser key). The sentence wants three things of it:
-the dotted key, gathered from the wrappers; the innermost cause, the first exception that is no wrapper; and what would have been
-valid. Its texts are not an interface: an unknown one is passed on in one line.
+jsonargparse wraps each error once for every level of the YAML (class path, union of types, parser key). The sentence wants three
+things of it: the dotted key, gathered from the wrappers; the innermost cause, the first exception that is no wrapper; and what
+would have been valid. Its texts are not an interface: an unknown one is passed on in one line.
 """
 
 import re
 from collections.abc import Iterable
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
+from lightning_plugins._lightning import NAMESPACE
 from lightning_plugins._support.errors import causes, nearest, one_line
+from lightning_plugins._support.namespace import VARIABLE
 
 _WRAPPERS = ("Does not validate against", "Parser key ", "Problem with given class_path", "- Expected a path but")
 _KEY = re.compile(r'^Parser key "([^"]+)"')
@@ -19,6 +22,7 @@ _UNKNOWN = re.compile(r"^(?:Group '(?P<group>[^']+)' does not accept o|O)ption '
 _UNRECOGNIZED = re.compile(r"^unrecognized arguments: (?P<token>\S+)", re.IGNORECASE)
 _EXPECTED = re.compile(r"Expected an? (?P<type>.+?)(?:\. Got value: (?P<value>.*))?$", re.MULTILINE)
 _REQUIRED = re.compile(r"the following arguments are required: (?P<keys>.+)|Key \"(?P<key>[^\"]+)\" is required")
+_NO_SUBCLASS = re.compile(r"Import path (?P<path>\S+) does not correspond to a subclass of (?P<base>\S+)")
 
 
 def innermost(error: BaseException) -> BaseException:
@@ -50,6 +54,9 @@ def parsing_sentence(error: BaseException, parser: Any, options: Iterable[str]) 
     if match := _REQUIRED.match(text):
         missing = match["keys"] or match["key"]
         return f"{missing} is missing; give it in the YAML or as --{missing.split(',')[0]}"
+    if match := _NO_SUBCLASS.match(text):
+        other = f"if it is of the other Lightning, set {VARIABLE}"
+        return f"{key} names {match['path']}, which is no {match['base']} of {NAMESPACE}; give one that is, or {other}"
     if class_path:
         return f"{key} names {class_path}: {one_line(text)}; give the full path of an importable class"
     return f"{key}: {one_line(text)}" if key else one_line(text)
@@ -63,31 +70,45 @@ def _unrecognized(token: str, parser: Any) -> str:
     name = token.lstrip("-").partition("=")[0]
     if not token.startswith("-"):
         return f"unexpected word {token!r}; options start with --, and a value follows its option"
-    return f"unknown option --{name}; {nearest(f'--{name}', (f'--{key}' for key in _keys(parser, '')))}"
+    return f"unknown option --{name}; {_nearest_key(f'--{name}', [f'--{key}' for key in _keys(parser, '')])}"
 
 
 def _unknown(key: str, prefix: str, valid: Iterable[str], options: Iterable[str]) -> str:
     name = key.rpartition(".")[2]
     spellings = (f"--{key}", f"--{prefix}.init_args.{name}")
     dashes = "--" if any(option.partition("=")[0] in spellings for option in options) else ""
-    dotted = (f"{dashes}{prefix}.{word}" if prefix else f"{dashes}{word}" for word in valid)
-    return f"unknown {'option' if dashes else 'key'} {dashes}{key}; {nearest(f'{dashes}{key}', dotted)}"
+    dotted = [f"{dashes}{prefix}.{word}" if prefix else f"{dashes}{word}" for word in valid]
+    return f"unknown {'option' if dashes else 'key'} {dashes}{key}; {_nearest_key(f'{dashes}{key}', dotted)}"
+
+
+def _nearest_key(key: str, valid: list[str]) -> str:
+    """Name the nearest keys; if none is near, those of the outermost level that has any, rather than a hundred."""
+    if get_close_matches(key, valid, cutoff=0.5):
+        return nearest(key, valid)
+    depth = min((name.count(".") for name in valid), default=0)
+    return nearest(key, [name for name in valid if name.count(".") == depth])
 
 
 def _wrong_type(key: str, value: str | None, text: str, wrappers: list[str]) -> str:
     # The wrapper nearest to the cause lists every type of a union; one more level out it lists other keys' types.
     union = wrappers[-1] if wrappers and wrappers[-1].startswith("Does not validate") else text
-    types = dict.fromkeys(re.sub(r"<class '([^']+)'>", r"\1", match["type"]) for match in _EXPECTED.finditer(union))
-    words = ["null" if name == "NoneType" else name for name in types]
-    return f"{key} must be {' or '.join(words)}, got {value}"
+    types = dict.fromkeys(match["type"] for match in _EXPECTED.finditer(union))
+    return f"{key} must be {' or '.join(_type_word(name) for name in types)}, got {value}"
+
+
+def _type_word(name: str) -> str:
+    name = re.sub(r"<class '([^']+)'>", r"\1", name)
+    return "null" if name == "NoneType" else re.sub(r"typing\.Literal\[(.+)\]", r"one of \1", name)
 
 
 def _keys(parser: Any, prefix: str) -> list[str]:
-    """Return the keys of a parser below ``prefix``, without it; the bare groups too at the top."""
-    names = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
+    """Return the keys of a parser below ``prefix``, without it; all of them for an empty prefix."""
+    names = [
+        action.dest for action in parser._actions if not action.dest.endswith("help") and not action.dest.startswith("print_")
+    ]
     if prefix:
         return [name[len(prefix) + 1 :] for name in names if name.startswith(f"{prefix}.")]
-    return [name for name in names if not name.endswith(".help")]
+    return names
 
 
 def _parameters(class_path: str) -> list[str]:

@@ -85,8 +85,8 @@ def write_depth_report(
     sections += [preview.figure for preview in previews]
     if previews:
         rows = [{"sample": number, **preview.errors} for number, preview in enumerate(previews)]
-        drawn = f"Means over the valid pixels. The scale of all pictures is fixed, {scale.near_m:g} to {scale.far_m:g} m; grey: no value."
-        sections.append(Table(rows, heading="Errors of the samples", caption=drawn))
+        drawn = f"The scale of all pictures is fixed, {scale.near_m:g} to {scale.far_m:g} m; grey: no value."
+        sections.append(Table(rows, heading="Errors of the samples", caption=f"Means over the valid pixels. {drawn}"))
     try:
         write_report(path, title, sections)
     except OSError as error:

@@ -62,7 +62,7 @@ def merge_metrics(paths: Mapping[str, Sequence[str | Path]], destination: str | 
                 step = int(row["step"])
                 steps.setdefault(step, {"phase": phase, "epoch": row.get("epoch", ""), "step": row["step"]}).update(row)
         merged += [steps[step] for step in sorted(steps)]
-    write_table(destination, merged or [{"phase": "", "epoch": "", "step": ""}][:0])
+    write_table(destination, merged)
     return merged
 
 

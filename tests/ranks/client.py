@@ -113,7 +113,9 @@ class Ranks:
         if hosts is not None and len(hosts) != world_size:
             raise ValueError(f"hosts must name one host for each of the {world_size} ranks, got {len(hosts)}")
         if "<" in function.__qualname__:
-            raise ValueError(f"{function.__qualname__} cannot be found by another process; move it to the top level of its module")
+            raise ValueError(
+                f"{function.__qualname__} cannot be found by another process; move it to the top level of its module"
+            )
         job = {
             "call": pickle.dumps((function, args)),
             "world_size": world_size,
@@ -134,7 +136,7 @@ class Ranks:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.connect(self.address)
         here = str(Path(__file__).parents[2])
-        path = [str(self.root), *(entry or os.getcwd() for entry in sys.path)]
+        path = [str(self.root), *map(os.path.abspath, sys.path)]
         if str(self.root) != here:
             path = [entry for entry in path if entry != here]
         request = "\0".join([*path, str(self.root)]).encode()

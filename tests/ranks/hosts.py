@@ -65,13 +65,13 @@ class Hosts:
         if not 1 <= count <= MOST_HOSTS:
             raise ValueError(f"count must be 1 to {MOST_HOSTS}, got {count}")
         if bandwidth_bytes_per_s is not None and bandwidth_bytes_per_s <= 0:
-            raise ValueError(f"bandwidth_bytes_per_s must be positive, got {bandwidth_bytes_per_s}; None leaves the links unshaped")
+            raise ValueError(
+                f"bandwidth_bytes_per_s must be positive, got {bandwidth_bytes_per_s}; None leaves the links unshaped"
+            )
         remove_stale()
         stem = f"{PREFIX}{os.getpid()}-{next(_count)}"
         self.switch = f"{stem}-sw"
-        self.hosts = [
-            Host(f"{stem}-h{i}", f"10.231.0.{i + 1}", INTERFACE, self.switch, SWITCH_ADDRESS) for i in range(count)
-        ]
+        self.hosts = [Host(f"{stem}-h{i}", f"10.231.0.{i + 1}", INTERFACE, self.switch, SWITCH_ADDRESS) for i in range(count)]
         try:
             self._make(bandwidth_bytes_per_s)
         except BaseException:
@@ -136,10 +136,13 @@ class Hosts:
             lines.append(f"link set port{i} addrgenmode none master switch up")
         _ip("\n".join(lines), self.switch)
         for i, host in enumerate(self.hosts):
-            _ip(
-                f"link set lo up\nlink set {INTERFACE} addrgenmode none\naddr add {host.address}/24 dev {INTERFACE}\nlink set {INTERFACE} up",
-                host.name,
-            )
+            lines = [
+                "link set lo up",
+                f"link set {INTERFACE} addrgenmode none",
+                f"addr add {host.address}/24 dev {INTERFACE}",
+                f"link set {INTERFACE} up",
+            ]
+            _ip("\n".join(lines), host.name)
             if bandwidth_bytes_per_s is not None:
                 _shape(host.name, INTERFACE, bandwidth_bytes_per_s)
                 _shape(self.switch, f"port{i}", bandwidth_bytes_per_s)

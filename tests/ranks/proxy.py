@@ -12,6 +12,7 @@ Cost: two copies through one Python thread, a few hundred MB/s; the delay shifts
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import struct
 import subprocess
@@ -23,6 +24,7 @@ from tests.ranks import linux
 from tests.ranks.hosts import Host
 
 _CHUNK_BYTES = 64 * 1024
+_WAITING_CHUNKS = 1024  # what a delayed connection may hold: 64 MiB each way
 _DIRECTIONS = ("to_target", "to_client", "both")
 
 
@@ -34,7 +36,7 @@ class Faults:
         delay_s: every byte arrives this much later.
         corrupt_byte: the lowest bit of this byte, counted from 0, is flipped.
         truncate_after_bytes: after so many bytes both sides see an orderly end of the stream.
-        drop_after_bytes: after so many bytes both sides see a reset; 0 resets at the first byte.
+        drop_after_bytes: after at most so many bytes both sides see a reset, at the latest with the next byte sent.
         direction: which bytes are counted and treated: ``to_target``, ``to_client`` or ``both``.
 
     Raises:
@@ -74,6 +76,7 @@ class Proxy:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.ranks.proxy", json.dumps(settings)],
             cwd=Path(__file__).parents[2],
+            env={**os.environ, linux.OWNER_VARIABLE: str(os.getpid())},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -125,28 +128,29 @@ async def _serve(settings: dict) -> None:
         print("set", flush=True)
 
 
-async def _connect(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, target: tuple[str, int], faults: Faults
-) -> None:
-    writers = [writer]
+async def _connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, target: tuple[str, int], faults: Faults) -> None:
+    ends = [(reader, writer)]
     try:
-        target_reader, target_writer = await asyncio.open_connection(*target)
-        writers.append(target_writer)
+        ends.append(await asyncio.open_connection(*target))
         pumps = [
-            asyncio.create_task(_pump(reader, target_writer, faults if faults.direction != "to_client" else Faults())),
-            asyncio.create_task(_pump(target_reader, writer, faults if faults.direction != "to_target" else Faults())),
+            asyncio.create_task(_pump(ends[0][0], ends[1][1], faults if faults.direction != "to_client" else Faults())),
+            asyncio.create_task(_pump(ends[1][0], ends[0][1], faults if faults.direction != "to_target" else Faults())),
         ]
         done, pending = await asyncio.wait(pumps, return_when=asyncio.FIRST_EXCEPTION)
         for pump in pending:
             pump.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
         for pump in done:
             pump.result()
     except _Truncated:
-        pass
-    except (_Dropped, OSError):  # also what a peer resets, or a target that refuses, is handed on as a reset
-        for each in writers:
+        # Closing a socket with unread bytes sends a reset: so say that nothing more comes, and read until the peers end.
+        for _, each in ends:
+            each.write_eof()
+        await asyncio.gather(*(_discard(each) for each, _ in ends), return_exceptions=True)
+    except (_Dropped, OSError):  # a peer's own reset, and a target that refuses, are handed on as a reset too
+        for _, each in ends:
             each.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    for each in writers:
+    for _, each in ends:
         each.close()
         with contextlib.suppress(OSError):
             await each.wait_closed()
@@ -160,28 +164,39 @@ class _Dropped(Exception):
     """The number of bytes to drop the connection after has passed."""
 
 
+async def _discard(reader: asyncio.StreamReader) -> None:
+    while await reader.read(_CHUNK_BYTES):
+        pass
+
+
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, faults: Faults) -> None:
     loop = asyncio.get_running_loop()
-    waiting: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+    waiting: asyncio.Queue[tuple[float, bytes | OSError]] = asyncio.Queue(_WAITING_CHUNKS)
 
     async def read() -> None:
-        while data := await reader.read(_CHUNK_BYTES):
-            waiting.put_nowait((loop.time() + faults.delay_s, data))
-        waiting.put_nowait((loop.time() + faults.delay_s, b""))
+        data: bytes | OSError = b"not yet at the end"
+        while data and not isinstance(data, OSError):
+            try:
+                data = await reader.read(_CHUNK_BYTES)
+            except OSError as error:
+                data = error
+            await waiting.put((loop.time() + faults.delay_s, data))
 
     reading = asyncio.create_task(read())
+    limits = [(faults.truncate_after_bytes, _Truncated), (faults.drop_after_bytes, _Dropped)]
     passed_bytes = 0
     try:
         while True:
             due, data = await waiting.get()
             await asyncio.sleep(due - loop.time())
+            if isinstance(data, OSError):
+                raise data
             if not data:
                 writer.write_eof()
                 return
-            ends = [(faults.truncate_after_bytes, _Truncated), (faults.drop_after_bytes, _Dropped)]
-            for end, exception in ends:
-                if end is not None and passed_bytes + len(data) >= end:
-                    writer.write(_corrupted(data[: end - passed_bytes], passed_bytes, faults.corrupt_byte))
+            for limit, exception in limits:
+                if limit is not None and passed_bytes + len(data) >= limit:
+                    writer.write(_corrupted(data[: limit - passed_bytes], passed_bytes, faults.corrupt_byte))
                     await writer.drain()
                     raise exception
             writer.write(_corrupted(data, passed_bytes, faults.corrupt_byte))

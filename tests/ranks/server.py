@@ -4,18 +4,15 @@ Run as ``python -m tests.ranks.server SOCKET``. It imports what costs seconds, f
 Unix socket and forks a supervisor for each connection; the supervisor imports ``tests`` and ``lightning_plugins`` afresh, from
 the requester's ``sys.path``. So a job costs milliseconds, sees today's files, and may even ask for a mutated copy of them.
 The server ends when its standard input does, that is, with the process that started it, whatever ended that.
-
-A forked process does not end here: it returns its task to the bottom of the stack, which runs it and leaves through
-``sys.exit``. A rank therefore ends like an ordinary Python process, with its exit handlers and threads.
 """
 
+import gc
 import os
 import select
 import signal
 import socket
 import sys
-from collections.abc import Callable
-from functools import partial
+import traceback
 from importlib import import_module
 
 OURS = ("lightning_plugins", "tests")
@@ -34,9 +31,11 @@ def preload() -> None:
             del sys.modules[name]
 
 
-def serve(address: str) -> Callable[[], int]:
-    """Accept jobs until the owner is gone; return what this process (the server, or one forked from it) has to do next."""
+def serve(address: str) -> None:
+    """Accept jobs until the owner is gone."""
     preload()
+    gc.collect()
+    gc.freeze()  # a fork whose collector walks this heap would copy all of it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors need no reaping
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(address)
@@ -44,25 +43,28 @@ def serve(address: str) -> Callable[[], int]:
     while True:
         readable, _, _ = select.select([listener, sys.stdin], [], [])
         if sys.stdin in readable:
-            return lambda: 0
+            return
         connection, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
-            return begin(connection)
+            try:
+                begin(connection)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(1)
         connection.close()
 
 
-def begin(connection: socket.socket) -> Callable[[], int]:
-    """Read the requester's import path, then hand over to the supervisor that is found there."""
+def begin(connection: socket.socket) -> None:
+    """Read the requester's import path, then hand over to the supervisor that is found there, which does not return."""
     length = int.from_bytes(connection.recv(8, socket.MSG_WAITALL), "big")
     if length == 0:  # somebody only asked whether the server listens
-        return partial(os._exit, 0)
+        os._exit(0)
     *path, root = connection.recv(length, socket.MSG_WAITALL).decode().split("\0")
     sys.path[:] = path
     os.chdir(root)
-    supervise: Callable[[socket.socket], Callable[[], int]] = import_module("tests.ranks.supervisor").supervise
-    return supervise(connection)
+    import_module("tests.ranks.supervisor").supervise(connection)
 
 
 if __name__ == "__main__":
-    sys.exit(serve(sys.argv[1])())
+    serve(sys.argv[1])

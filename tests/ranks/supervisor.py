@@ -14,19 +14,19 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from tests.ranks import linux, rank
 from tests.ranks.wire import Channel
 
 
-def supervise(connection: socket.socket) -> Callable[[], int]:
-    """Run the one job that comes over ``connection``; return what this process, supervisor or forked rank, does next."""
+def supervise(connection: socket.socket) -> NoReturn:
+    """Run the one job that comes over ``connection``, and end this process."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     linux.adopt_orphans()
-    return _Supervisor(Channel(connection)).run()
+    _Supervisor(Channel(connection)).run()
+    os._exit(0)  # the socket stays open until the process is really gone: its end tells the test so
 
 
 class _Supervisor:
@@ -47,20 +47,16 @@ class _Supervisor:
         self.selector.register(self.client, selectors.EVENT_READ)
         self.selector.register(self.awake, selectors.EVENT_READ)
 
-    def run(self) -> Callable[[], int]:
+    def run(self) -> None:
         job = self._await_job()
         if job is not None:
             try:
-                forked = self._fork_all(job)
+                self._fork_all(job)
             except Exception:
                 self.client.send(("refused", traceback.format_exc()))
-            else:
-                if forked is not None:
-                    return forked
             while not (self.closing or self.client.closed):
                 self._turn()
         self._kill_all()
-        return partial(os._exit, 0)  # the socket stays open until the process is really gone: its end tells the test so
 
     def _await_job(self) -> dict[str, Any] | None:
         while not self.client.closed:
@@ -69,13 +65,13 @@ class _Supervisor:
                 return message
         return None
 
-    def _fork_all(self, job: dict[str, Any]) -> Callable[[], int] | None:
+    def _fork_all(self, job: dict[str, Any]) -> None:
         self.folder = job["folder"]
         function, arguments = pickle.loads(job["call"])
         port_reader, port_writer = os.pipe()
         if os.fork() == 0:
             self._let_go()
-            return partial(rank.serve_store, job, port_writer)
+            rank.leave(partial(rank.serve_store, job, port_writer))
         os.close(port_writer)
         port = int(os.read(port_reader, 16) or b"0")
         os.close(port_reader)
@@ -87,13 +83,12 @@ class _Supervisor:
             if pid == 0:
                 ours.close()
                 self._let_go()
-                return partial(rank.main, job, number, port, function, arguments, theirs)
+                rank.leave(partial(rank.main, job, number, port, function, arguments, theirs))
             theirs.close()
             self.pids[pid] = number
             self.ranks.append(Channel(ours))
             self.selector.register(self.ranks[-1], selectors.EVENT_READ)
         self.client.send(("started", [pid for pid, _ in sorted(self.pids.items(), key=lambda item: item[1])]))
-        return None
 
     def _let_go(self) -> None:
         """Close in a forked child what belongs to the supervisor."""

@@ -1,7 +1,8 @@
 """What rooms there are: the ranges that a scene is drawn from, and the two named distributions, training and held-out.
 
-The two differ in SHAPE, in DENSITY of furniture and in TEXTURE FAMILY, and in nothing that sets the metric scale: sizes of rooms and
-heights of cameras have the same ranges in both, so that a score on held-out rooms measures transfer and not a shift of scale.
+The two differ in SHAPE, in DENSITY of furniture and in TEXTURE FAMILY, and in nothing that sets the metric scale: sizes of
+rooms and heights of cameras have the same ranges in both, so that a score on held-out rooms measures transfer and not a
+shift of scale.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ class RoomDistribution:
         height_m: height of the room at its highest point.
         camera_height_m: height of the camera above the floor.
         hall_share: share of rooms that are halls of up to 20 x 12 x 6 m, whatever the ranges above say.
-        max_tilt_deg: half-angle of the cone that the camera's up direction is drawn from, evenly by solid angle; 180 is the whole sphere.
+        max_tilt_deg: half-angle of the cone that the camera's up direction is drawn from, evenly by solid angle; 180 is the
+            whole sphere.
 
     Raises:
         InputError: if a range is empty, a name is unknown, or rooms would be too small or too large for the camera.
@@ -63,7 +65,7 @@ class RoomDistribution:
 
 
 def _names(field: str, given: tuple[str, ...], valid: tuple[str, ...]) -> None:
-    if isinstance(given, str) or not given:
+    if not isinstance(given, tuple) or not given:
         raise InputError(f"{field} must be a tuple of at least one name, got {given!r}; valid are {', '.join(valid)}")
     for name in given:
         if name not in valid:

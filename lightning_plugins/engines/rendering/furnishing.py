@@ -1,13 +1,14 @@
 """Furniture: pieces made of a few boxes each, placed on free floor, on walls and under the ceiling.
 
-A piece is drawn in its own frame (x along its front, y away from the wall behind it, z up from the floor) as rows
-``(x, y, z, half_x, half_y, half_z, colour slot)``, and then turned and moved to a place that keeps 0.45 m from the camera, stays inside the
-room and outside the missing corner, and, if one is found in a few tries, off the other pieces. What would pass through a
-sloping ceiling is made lower.
+A piece is drawn in its own frame (x along its front, y away from the wall behind it, z up from the floor) as rows ``(x, y,
+z, half_x, half_y, half_z, colour slot)``, and then turned and moved to a place that keeps 0.45 m from the camera, stays
+inside the room and outside the missing corner, and, if one is found in a few tries, off the other pieces. What would pass
+through a sloping ceiling is made lower.
 """
 
+import math
 from collections.abc import Callable
-from itertools import islice
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from lightning_plugins.engines.rendering.scene import Box
 
 Part = tuple[float, float, float, float, float, float, int]
 Draws = list[float]
+Extent = tuple[float, float, float, float]
 CAMERA_CLEARANCE_M = 0.45
 TRIES = 8
 
@@ -128,43 +130,97 @@ KINDS: dict[Callable[[Draws, float], list[Part]], tuple[float, bool]] = {
     _desk: (1.2, True), _chair: (3.0, False), _crate: (2.5, False), _pillar: (0.5, False), _floor_lamp: (0.8, True),
     _panel: (0.5, False), _shelf: (2.0, True), _pendant: (1.0, False),
 }  # fmt: skip
-SLOTS = 4  # colour slots of a piece: body, second, third, lamp shade
 
 
-def furnish(generator: np.random.Generator, layout: Layout, count: int, palette: list[int], lit: int) -> list[Box]:
+@dataclass(frozen=True)
+class Spot:
+    """A place for a piece: where, how it is turned, how much lower it is made, and the floor it takes (x0, x1, y0, y1)."""
+
+    x_m: float
+    y_m: float
+    quarter: int
+    yaw_rad: float
+    squeeze: float
+    extent: Extent
+
+
+def furnish(generator: np.random.Generator, layout: Layout, count: int, palette: list[int], lit: int) -> list[list[Box]]:
     """Draw pieces of furniture.
 
     Args:
         count: how many.
         palette: numbers of the materials that furniture is made of.
-        lit: number of the material of lamp shades.
+        lit: number of the material of lamp shades, slot 3 of a piece; the other slots are drawn from the palette.
 
     Returns:
-        the boxes of all pieces.
+        the boxes of each piece.
     """
     makers = list(KINDS)
     weights = np.array([KINDS[make][0] for make in makers])
     kinds = generator.choice(len(makers), size=count, p=weights / weights.sum()).tolist()
     draws = generator.random((count, 8)).tolist()
-    places = generator.random((count, TRIES * 4, 4)).tolist()
-    slots = generator.choice(palette, size=(count, SLOTS - 1)).tolist()
-    taken: list[tuple[float, float, float, float]] = []
-    boxes: list[Box] = []
-    for kind, draw, place, slot in zip(kinds, draws, places, slots, strict=True):
+    places = generator.random((count, 40, 4)).tolist()
+    slots = generator.choice(palette, size=(count, 3)).tolist()
+    taken: list[Extent] = []
+    pieces: list[list[Box]] = []
+    for kind, draw, tries, slot in zip(kinds, draws, places, slots, strict=True):
         make = makers[kind]
-        found = _find(make(draw, layout.size_m[2]), KINDS[make][1], layout, islice(place, TRIES), taken)
+        parts = make(draw, layout.size_m[2])
+        found = _find(parts, KINDS[make][1], layout, tries[:TRIES], taken)
         if found is None:
-            # Nothing of that size fits here: a crate does nearly everywhere, and may stand against another piece.
-            found = _find(_crate([0.4 * q for q in draw], 1.0), False, layout, iter(place), [])
+            # Nothing of that size fits: a small crate does nearly everywhere, and may stand against another piece.
+            parts = _crate([0.4 * q for q in draw], 0.0)
+            found = _find(parts, False, layout, tries, [])
         if found is not None:
-            parts, extent = found
-            taken.append(extent)
-            boxes += _build(parts, [*slot, lit])
-    return boxes
+            taken.append(found.extent)
+            pieces.append([_placed(part, found, [*slot, lit]) for part in parts])
+    return pieces
 
 
-Placed = tuple[list[tuple[float, float, float, float, float, float, int, float]], tuple[float, float, float, float]]
+def _find(parts: list[Part], at_wall: bool, layout: Layout, tries: list[Draws], taken: list[Extent]) -> Spot | None:
+    """Return the first spot among ``tries`` that is free, or None."""
+    half_x = max(abs(part[0]) + part[3] for part in parts)
+    half_y = max(abs(part[1]) + part[4] for part in parts)
+    top = max(part[2] + part[5] for part in parts)
+    length, width, height = layout.size_m
+    camera_x, camera_y, _ = layout.camera_m
+    obstacles = list(taken)
+    if layout.notch is not None:
+        (x, y, _), (a, b, _) = layout.notch.centre_m, layout.notch.half_m
+        obstacles.append((x - a, x + a, y - b, y + b))
+    for where, side, askew, angle in tries:
+        quarter = int(4 * side)
+        yaw = 0.5 * math.pi * quarter + (0.0 if at_wall or askew < 0.5 else 2.0 * math.pi * angle)
+        c, s = math.cos(yaw), math.sin(yaw)
+        x_extent, y_extent = abs(c) * half_x + abs(s) * half_y, abs(s) * half_x + abs(c) * half_y
+        if 2 * x_extent + 0.02 > length or 2 * y_extent + 0.02 > width:
+            continue
+        x = 0.01 + x_extent + where * (length - 2 * x_extent - 0.02)
+        y = 0.01 + y_extent + (angle if askew < 0.5 else askew) * (width - 2 * y_extent - 0.02)
+        if at_wall:
+            x, y = ((x, 0.01 + half_y), (length - 0.01 - half_y, y), (x, width - 0.01 - half_y), (0.01 + half_y, y))[quarter]
+        dx, dy = camera_x - x, camera_y - y
+        gap_x, gap_y = abs(c * dx + s * dy) - half_x, abs(c * dy - s * dx) - half_y
+        if math.hypot(max(gap_x, 0.0), max(gap_y, 0.0)) < CAMERA_CLEARANCE_M:
+            continue
+        x0, x1, y0, y1 = extent = (x - x_extent, x + x_extent, y - y_extent, y + y_extent)
+        if any(x0 < right and left < x1 and y0 < far and near < y1 for left, right, near, far in obstacles):
+            continue
+        limit = min(layout.ceiling_height_m(px, py) for px in (x0, x1) for py in (y0, y1)) - 0.02
+        squeeze = 1.0 if top <= limit or top > height else limit / top
+        if squeeze > 0.3:
+            return Spot(x, y, quarter, yaw, squeeze, extent)
+    return None
 
 
-def _find(parts: list[Part], at_wall: bool, layout: Layout, tries: "islice[list[float]] | object", taken: list) -> Placed | None:
-    raise NotImplementedError
+def _placed(part: Part, spot: Spot, materials: list[int]) -> Box:
+    """Return a part turned and moved to its spot; quarter turns swap sides instead, which keeps the ray casting cheap."""
+    x, y, z, half_x, half_y, half_z, slot = part
+    c, s = math.cos(spot.yaw_rad), math.sin(spot.yaw_rad)
+    centre = (spot.x_m + c * x - s * y, spot.y_m + s * x + c * y, z * spot.squeeze)
+    yaw = spot.yaw_rad
+    if yaw == 0.5 * math.pi * spot.quarter:
+        yaw = 0.0
+        if spot.quarter % 2:
+            half_x, half_y = half_y, half_x
+    return Box(centre, (half_x, half_y, half_z * spot.squeeze), yaw, (materials[slot],) * 6)

@@ -110,8 +110,11 @@ def _ceiling(draws: npt.NDArray[np.float64], size: Vector, share: float) -> npt.
 def _place(
     generator: np.random.Generator, size: Vector, camera_height: float, ceiling: npt.NDArray[np.float64], notch: Box | None
 ) -> tuple[float, float] | None:
-    """Return a point of the floor plan with clearance on all sides, or None if none of 64 drawn ones has it."""
-    margin = MIN_CLEARANCE_M + 0.02
+    """Return a point of the floor plan with clearance on all sides, or None if none of 64 drawn ones has it.
+
+    Of the first two such points the one nearer to the middle of the room, where tripods stand more often than along walls.
+    """
+    margin = MIN_CLEARANCE_M + 0.1  # curtains and frames stand out from the wall
     points = generator.random((64, 2)) * (np.array(size[:2]) - 2 * margin) + margin
     slant = np.sqrt(1.0 + (ceiling[:, :2] ** 2).sum(axis=1))
     above = (points @ ceiling[:, :2].T + ceiling[:, 2] - camera_height) / slant
@@ -119,8 +122,11 @@ def _place(
     if notch is not None:
         outside = np.abs(points - np.array(notch.centre_m[:2])) - np.array(notch.half_m[:2])
         free &= (outside >= margin).any(axis=1)
-    found = np.flatnonzero(free)
-    return (float(points[found[0], 0]), float(points[found[0], 1])) if found.size else None
+    found = points[free][:2]
+    if not found.size:
+        return None
+    x, y = found[np.argmin(((found / np.array(size[:2]) - 0.5) ** 2).sum(axis=1))].tolist()
+    return x, y
 
 
 def _planes(size: Vector, ceiling: npt.NDArray[np.float64]) -> tuple[Plane, ...]:
@@ -136,9 +142,6 @@ def _planes(size: Vector, ceiling: npt.NDArray[np.float64]) -> tuple[Plane, ...]
     for gx, gy, h in ceiling.tolist():
         scale = float(np.sqrt(1.0 + gx * gx + gy * gy))
         normal = (-gx / scale, -gy / scale, 1.0 / scale)
-        if gx:
-            axes = (y, (1.0 / scale, 0.0, gx / scale))
-        else:
-            axes = (x, (0.0, 1.0 / scale, gy / scale))
+        axes = (y, (1.0 / scale, 0.0, gx / scale)) if gx else (x, (0.0, 1.0 / scale, gy / scale))
         planes.append(Plane(normal, h / scale, *axes, CEILING))
     return tuple(planes)

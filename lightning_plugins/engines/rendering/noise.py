@@ -1,11 +1,11 @@
 """Tiles of noise with prescribed spectra, and their look-up at the scale of a pixel.
 
-A tile is white noise filtered to a radial power law (optionally stretched, or folded into ridges), made once from a fixed seed. It is kept
-in halved copies; a pixel reads the copy whose cells are about as large as the pixel's footprint, so that distant surfaces turn even
-instead of sparkling. Cost of a look-up: about 15 passes over the pixels.
+A tile is white noise filtered to a radial power law (optionally stretched, or folded into ridges), made once from a fixed
+seed. It is kept in halved copies; a pixel reads the copy whose cells are about as large as the pixel's footprint, so that
+distant surfaces turn even instead of sparkling. Cost of a look-up: about 15 passes over the pixels.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ NOISES: dict[str, tuple[float, float, float, bool]] = {
 LEVEL_START = np.cumsum([0] + [(TILE >> level) ** 2 for level in range(LEVELS - 1)]).astype(np.int32)
 
 
-@lru_cache(maxsize=None)
+@cache
 def noise_tile(name: str) -> Float32:
     """Return a tile of mean 0 and deviation 1 and its halved copies, one after the other in a flat, read-only array."""
     exponent, stretch, longest, ridged = NOISES[name]

@@ -1,12 +1,13 @@
 """Exact ray casting of a room into an equirectangular image, as inverse distances.
 
-For a camera at the origin and a plane ``n . x = c``, the ray of unit direction ``d`` meets the plane at ``1/t = (n . d) / c``: a linear
-form in ``d``. So the convex shell, seen from inside, is the LARGEST of its planes' forms, and a box, seen from outside, is the SMALLEST of
-the forms of the (at most three) faces turned towards the camera, where that is larger than every form of the other faces. There are no
-divisions and no special cases for parallel rays. An opening is a box behind a wall, entered by its front face and met at its far side.
+For a camera at the origin and a plane ``n . x = c``, the ray of unit direction ``d`` meets the plane at ``1/t = (n . d) /
+c``: a linear form in ``d``. So the convex shell, seen from inside, is the LARGEST of its planes' forms, and a box, seen from
+outside, is the SMALLEST of the forms of the (at most three) faces turned towards the camera, where that is larger than every
+form of the other faces. There are no divisions and no special cases for parallel rays. An opening is a box behind a wall,
+entered by its front face and met at its far side.
 
-Every box is tried only on the window of pixels that can see it: the rectangle around the bounding cap of its corners, cut in two at
-the seam. Cost: about 20 passes over the window of each box, in float32; relative error of depth about 1e-6.
+Every box is tried only on the window of pixels that can see it: the rectangle around the bounding cap of its corners, cut in
+two at the seam. Cost: about 20 passes over the window of each box, in float32; relative error of depth about 1e-6.
 
 Conventions: rows from zenith to nadir, colat = pi (v + 0.5) / H, lon = 2 pi ((u + 0.5) / W - 0.5), x forward, y left, z up,
 d = (sin(colat) cos(lon), -sin(colat) sin(lon), cos(colat)).
@@ -184,7 +185,9 @@ def cast_openings(
             target = surface[rows, columns]
             entering, leaving = slabs(opening.box, scene.camera_m, rays[:, rows, columns])
             passed = target == opening.surface
-            front = next(form for form, face in entering if face == opening.front)
+            front = next((form for form, face in entering if face == opening.front), None)
+            if front is None:
+                continue  # in a wall that faces away from the camera
             far = leaving[0][0]
             for form, _ in leaving[1:]:
                 far = np.maximum(far, form)

@@ -6,13 +6,17 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_plugins._support.errors import InputError
+from lightning_plugins.engines.rendering.camera import cover_tripod, develop, draw_photography, expose, smooth_outlines
 from lightning_plugins.engines.rendering.distribution import TRAINING_ROOMS, RoomDistribution
-from lightning_plugins.engines.rendering.layout import draw_layout
+from lightning_plugins.engines.rendering.noise import noise
 from lightning_plugins.engines.rendering.raycast import cast, pixel_directions, rotated, turn
-from lightning_plugins.engines.rendering.scene import Box, Scene
+from lightning_plugins.engines.rendering.sampling import draw_scene
+from lightning_plugins.engines.rendering.scene import Scene
+from lightning_plugins.engines.rendering.shading import add_highlights, irradiance
+from lightning_plugins.engines.rendering.surfaces import colours, materials_of_pixels, surface_table
 
 # Independent streams of random numbers for one seed, so that tilt and resolution leave the scene alone.
-SCENE_STREAM, TILT_STREAM, SENSOR_STREAM = 0, 1, 2
+SCENE_STREAM, TILT_STREAM, SENSOR_STREAM, PHOTOGRAPHY_STREAM = range(4)
 
 
 @dataclass(frozen=True)
@@ -61,18 +65,9 @@ def draw_tilt(generator: np.random.Generator, max_tilt_deg: float) -> npt.NDArra
     return np.eye(3) + sine * cross + (1.0 - cosine) * (cross @ cross)
 
 
-def draw_scene(seed: int, distribution: RoomDistribution) -> Scene:
+def room_scene(seed: int, distribution: RoomDistribution = TRAINING_ROOMS) -> Scene:
     """Return the scene of a seed, the same for every image size and tilt."""
-    generator = stream(seed, SCENE_STREAM)
-    layout = draw_layout(generator, distribution)
-    solids = [] if layout.notch is None else [layout.notch]
-    for _ in range(int(generator.uniform(*distribution.furniture_per_square_metre) * layout.free_area_m2)):
-        x, y = generator.random(2) * (np.array(layout.size_m[:2]) - 0.6) + 0.3
-        if np.hypot(x - layout.camera_m[0], y - layout.camera_m[1]) > 1.1:
-            half = generator.uniform(0.15, 0.5, 3)
-            solids.append(Box((float(x), float(y), float(half[2])), tuple(half.tolist()), float(generator.uniform(0, 3)), (3,) * 6))
-    return Scene(layout.shape, layout.planes, tuple(solids), (), (), (), (), None, len(solids), layout.free_area_m2,
-                 layout.camera_m, layout.yaw_rad)
+    return draw_scene(stream(seed, SCENE_STREAM), distribution)
 
 
 def render_room(seed: int, height: int, width: int, distribution: RoomDistribution = TRAINING_ROOMS) -> RenderedRoom:
@@ -91,13 +86,36 @@ def render_room(seed: int, height: int, width: int, distribution: RoomDistributi
         raise InputError(f"seed must be 0 or more, got {seed}")
     if height < 16 or width != 2 * height:
         raise InputError(f"an equirectangular image is twice as wide as high and 16 rows or more, got {height} x {width}")
-    scene = draw_scene(seed, distribution)
+    scene = room_scene(seed, distribution)
+    photography = draw_photography(stream(seed, PHOTOGRAPHY_STREAM))
     tilt = draw_tilt(stream(seed, TILT_STREAM), distribution.max_tilt_deg)
     room_from_camera = turn(-scene.yaw_rad) @ tilt
+    to_camera = room_from_camera.T
     rays = rotated(room_from_camera, pixel_directions(height, width))
-    inverse, surface = cast(scene, rays, room_from_camera.T)
-    tint = np.random.Generator(np.random.PCG64([seed, 3])).uniform(60, 220, (600, 3))
-    light = 0.8 + 0.2 * (rays @ np.ones(1, np.float32) if False else rays[2])
-    image = np.clip(tint[surface] * light[..., None], 0, 255).astype(np.uint8)
+    inverse, surface = cast(scene, rays, to_camera)
     depth = 1.0 / inverse
-    return RenderedRoom(image, depth, np.ones(depth.shape, dtype=bool), tilt, seed, scene.shape)
+
+    points = rays * depth
+    for axis in range(3):
+        points[axis] += scene.camera_m[axis]
+    table = surface_table(scene)
+    material = materials_of_pixels(scene, table, surface, points, to_camera)
+    albedo, gloss, emission = colours(scene, table, surface, material, points, depth * np.float32(np.pi / height))
+    normals = table.normal.take(surface, axis=1)
+    light = albedo * irradiance(scene, surface, points, normals, to_camera)
+    add_highlights(scene, light, gloss, points, normals, rays)
+    light += albedo * emission
+    expose(light, photography)
+    smooth_outlines(light, surface.astype(np.int32) * 4096 + material, photography.softness)
+    covered = cover_tripod(light, -rays[2], rays[:2], photography)
+    image = develop(light, photography, stream(seed, SENSOR_STREAM))
+
+    mask = depth < photography.range_m
+    mask &= ~covered
+    unmeasured = np.zeros(table.material.size, dtype=bool)
+    unmeasured[list(scene.unmeasured)] = True
+    mask &= ~unmeasured.take(surface)
+    if photography.dropout:
+        patches = noise("cloud", points[0] + points[2], points[1] - points[2], depth * 0.01, 0.02)
+        mask &= (patches < 1.3) | (image.max(axis=2) > 60)
+    return RenderedRoom(image, depth, mask, tilt, seed, scene.shape)

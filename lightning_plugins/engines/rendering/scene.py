@@ -1,10 +1,10 @@
 """A room as data: planes, boxes, openings, pictures, lamps, materials and the camera. Nothing here computes an image.
 
-Frame of the room: right-handed, z up, floor at z = 0, one corner of the floor's bounding rectangle at the origin, walls along x and y.
-Lengths are metres, angles radians, colours linear RGB albedos in [0, 1].
+Frame of the room: right-handed, z up, floor at z = 0, one corner of the floor's bounding rectangle at the origin, walls
+along x and y. Lengths are metres, angles radians, colours linear RGB albedos in [0, 1].
 
-Surfaces are numbered: first the planes of the shell, then six faces for every solid, then six for every opening. The faces of a box are
--x, +x, -y, +y, -z, +z in the box's own frame.
+Surfaces are numbered: first the planes of the shell, then six faces for every solid, then six for every opening. The faces
+of a box are -x, +x, -y, +y, -z, +z in the box's own frame.
 """
 
 from dataclasses import dataclass

@@ -1,11 +1,13 @@
 """Procedural textures by named family: for every pixel of a surface how near it is to the second colour, and how bright.
 
-A texture is a function of surface coordinates in metres. It returns ``mix`` (0 is the material's main colour, 1 its second one) and
-``shade`` (around 1), one number a pixel; colours come in once for the whole image. Joints are drawn with their coverage of the
-pixel, and patterns fade into their mean as the pixel's footprint nears their period, so that nothing aliases.
+A texture is a function of surface coordinates in metres. It returns ``mix`` (0 is the material's main colour, 1 its second
+one) and ``shade`` (around 1), one number a pixel; colours come in once for the whole image. Joints are drawn with their
+coverage of the pixel, and patterns fade into their mean as the pixel's footprint nears their period, so that nothing
+aliases.
 
-``FAMILIES`` are the textures of floors, walls, ceilings and furniture, the ones that a distribution names; ``FIXTURES`` are what a
-door, a window's view, a picture or a lamp shows, which is the same everywhere. Cost: 10 to 60 passes over a surface's pixels.
+``FAMILIES`` are the textures of floors, walls, ceilings and furniture, the ones that a distribution names; ``FIXTURES`` are
+what a door, a window's view, a picture or a lamp shows, which is the same everywhere. Cost: 10 to 60 passes over a surface's
+pixels.
 """
 
 from collections.abc import Callable
@@ -18,7 +20,8 @@ from lightning_plugins.engines.rendering.scene import Material
 
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
-Pattern = tuple[Float32, Float32]
+Floating = npt.NDArray[np.floating]
+Pattern = tuple[Floating, Floating]
 Texture = Callable[[Float32, Float32, Float32, Material], Pattern]
 
 
@@ -30,13 +33,13 @@ def _cells(x: Float32, period_m: float) -> tuple[Int32, Float32]:
     return cell.astype(np.int32), np.minimum(scaled, 1.0 - scaled) * period_m
 
 
-def _line(distance_m: Float32, half_width_m: float, footprint_m: Float32) -> Float32:
+def _line(distance_m: Floating, half_width_m: float, footprint_m: Float32) -> Floating:
     """Return how much of a pixel a line covers, given the pixel's distance from the line's middle."""
     cover = np.clip((half_width_m - distance_m) / footprint_m + 0.5, 0.0, 1.0)
     return cover * np.minimum(1.0, 2.0 * half_width_m / footprint_m)
 
 
-def _fade(footprint_m: Float32, period_m: float) -> Float32:
+def _fade(footprint_m: Float32, period_m: float) -> Floating:
     """Return the contrast that is left of a pattern: 1 near by, 0 where two pixels span a period."""
     return np.clip(1.6 - footprint_m * (2.0 / period_m), 0.0, 1.0)
 
@@ -173,7 +176,7 @@ def terrazzo(u: Float32, v: Float32, footprint_m: Float32, material: Material) -
     """Chips of stone in cement."""
     chips = noise("grain", u, v, footprint_m, 0.02 * material.scale_m)
     dark = noise("grain", v, u, footprint_m, 0.014 * material.scale_m)
-    return np.clip(1.5 * chips - 1.0, 0.0, 1.0), 1.0 - 0.35 * material.contrast * np.clip(1.5 * dark - 1.2, 0.0, 1.0)
+    return 0.7 * np.clip(1.5 * chips - 1.0, 0.0, 1.0), 1.0 - 0.25 * material.contrast * np.clip(1.5 * dark - 1.2, 0.0, 1.0)
 
 
 def hexagons(u: Float32, v: Float32, footprint_m: Float32, material: Material) -> Pattern:
@@ -206,7 +209,8 @@ def door(u: Float32, v: Float32, footprint_m: Float32, material: Material) -> Pa
     rim = np.minimum(across - 0.13 * wide, along - 0.12)
     groove = _line(np.abs(rim), 0.012, footprint_m)
     handle = (np.abs(u - 0.92 * wide) < 0.03) & (np.abs(v - 1.02) < 0.06)
-    return np.where(rim > 0.0, 0.35, 0.0).astype(np.float32), (1.0 - 0.45 * groove) * np.where(handle, 0.25, 1.0).astype(np.float32)
+    shade = (1.0 - 0.45 * groove) * np.where(handle, np.float32(0.25), np.float32(1.0))
+    return np.where(rim > 0.0, np.float32(0.35), np.float32(0.0)), shade
 
 
 def outdoors(u: Float32, v: Float32, footprint_m: Float32, material: Material) -> Pattern:
@@ -214,10 +218,10 @@ def outdoors(u: Float32, v: Float32, footprint_m: Float32, material: Material) -
     _, across = _cells(u, material.scale_m)
     _, along = _cells(v, 1.3 * material.scale_m)
     bars = _line(np.minimum(across, along), 0.022, footprint_m)
-    skyline = 1.35 + material.contrast * (0.5 + 0.3 * noise("cloud", u, 0.0 * v, footprint_m, 0.015))
-    sky = np.clip(4.0 * (v - skyline), 0.0, 1.0)
-    leaves = noise("cloud", u, v, footprint_m, 0.006)
-    return 1.0 - sky, (1.0 - 0.88 * bars) * (0.45 + 0.55 * sky + 0.2 * leaves * (1.0 - sky))
+    skyline = 0.5 + 1.3 * material.contrast + 0.25 * noise("cloud", u, 0.0 * v, footprint_m, 0.02)
+    sky = np.clip(2.0 * (v - skyline), 0.0, 1.0)
+    leaves = noise("cloud", u, v, footprint_m, 0.015)
+    return 1.0 - sky, (1.0 - 0.88 * bars) * (0.7 + 0.3 * sky + 0.16 * leaves * (1.0 - sky))
 
 
 def picture(u: Float32, v: Float32, footprint_m: Float32, material: Material) -> Pattern:

@@ -2,8 +2,9 @@
 
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -11,6 +12,8 @@ from lightning_plugins._lightning import LIGHTNING_VERSION, LightningModule
 from lightning_plugins._support.atomic import atomic_write
 from lightning_plugins._support.errors import InputError
 
+# Where the weights started from is no property of the trained model.
+TRAINING_OPTIONS = ("teacher", "pretrained")
 ModuleType = TypeVar("ModuleType", bound=LightningModule)
 
 
@@ -30,7 +33,7 @@ def load_module(module_class: type[ModuleType], path: str | Path) -> ModuleType:
     if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= set(checkpoint):
         raise InputError(f"checkpoint {path} holds no state_dict with hyper_parameters; give a file that {name} wrote")
     try:
-        module = module_class(**checkpoint["hyper_parameters"])
+        module = module_class(**model_options(checkpoint["hyper_parameters"]))
     except TypeError as error:
         raise InputError(f"checkpoint {path} is of another model than {name} (its options do not fit); give a file that {name} wrote") from error
     weights = {key: value for key, value in checkpoint["state_dict"].items() if not key.startswith("adapters.")}
@@ -45,9 +48,14 @@ def load_module(module_class: type[ModuleType], path: str | Path) -> ModuleType:
     return module.eval()
 
 
+def model_options(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the constructor's options that make the model: without those of its training, and what LightningCLI adds for itself."""
+    return {key: value for key, value in hyper_parameters.items() if key not in TRAINING_OPTIONS and not key.startswith("_")}
+
+
 def save_deployed(module: LightningModule, path: str | Path, leave_out: tuple[str, ...]) -> None:
     """Write a checkpoint without the tensors whose names start with one of ``leave_out``; whole or not at all."""
     state = {key: value.detach().cpu() for key, value in module.state_dict().items() if not key.startswith(leave_out)}
-    content = {"state_dict": state, "hyper_parameters": dict(module.hparams), "pytorch-lightning_version": LIGHTNING_VERSION}
+    content = {"state_dict": state, "hyper_parameters": model_options(module.hparams), "pytorch-lightning_version": LIGHTNING_VERSION}
     with atomic_write(path) as file:
         torch.save(content, file)

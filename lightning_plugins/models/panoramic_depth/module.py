@@ -19,7 +19,7 @@ from lightning_plugins.models.panoramic_depth.network import StudentNetwork, Tea
 WIDTHS = [16, 32, 48, 64, 96]
 
 
-class _DepthModule(LightningModule):
+class ModuleWithDepth(LightningModule):
     """What teacher and student share: validation, the optimizer, and refusing bad learning rates."""
 
     network: nn.Module
@@ -51,6 +51,13 @@ class _DepthModule(LightningModule):
         for name, figure in figures.items():
             self.log(f"val/{name}", figure.float(), prog_bar=name == "abs_rel")
 
+    def deploy(self, path: str | Path) -> None:
+        """Write what inference needs, and nothing of the training: no teacher, adapters or optimizer. Atomic.
+
+        The file loads with ``load_from_checkpoint(path)`` of this class.
+        """
+        save_deployed(self, path, leave_out=("adapters.", "metrics."))
+
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
@@ -58,7 +65,7 @@ class _DepthModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class DepthTeacher(_DepthModule):
+class DepthTeacher(ModuleWithDepth):
     """Autoencoder of depth with its validity mask; its latent features teach ``PanoramicDepth``.
 
     Batches are dicts with ``depth`` in metres ``(B, 1, H, W)`` and ``mask`` ``(B, 1, H, W)``, True where depth is valid.
@@ -102,7 +109,7 @@ class DepthTeacher(_DepthModule):
         return loss
 
 
-class PanoramicDepth(_DepthModule):
+class PanoramicDepth(ModuleWithDepth):
     """Depth in metres from one equirectangular image: an equirectangular and a spherical branch, fused, taught by depth itself.
 
     Batches are dicts with ``image`` ``(B, 3, H, W)`` in [0, 1], and for training ``depth`` in metres and ``mask``, both
@@ -152,8 +159,7 @@ class PanoramicDepth(_DepthModule):
             raise InputError(f"distance must name a distance of features, got {distance!r}; {nearest(distance, DISTANCES)}")
         if distillation_weight < 0:
             raise InputError(f"distillation_weight must be 0 or more, got {distillation_weight}; 0 switches the teacher off")
-        # The teacher and the weights to start from belong to a training run, not to the model.
-        self.save_hyperparameters(ignore=["teacher", "pretrained"])
+        self.save_hyperparameters()
         self.teacher_path = teacher if distillation_weight > 0 else None
         self.distance = DISTANCES[distance]
         self.network = StudentNetwork(
@@ -217,13 +223,6 @@ class PanoramicDepth(_DepthModule):
         small = resize_equirectangular(image[None].to(self.device), height, 2 * height)
         log_depth = self.network(small).log()
         return resize_equirectangular(log_depth, *image.shape[-2:]).exp()[0, 0]
-
-    def deploy(self, path: str | Path) -> None:
-        """Write what inference needs, and nothing of the training: no teacher, adapters or optimizer. Atomic.
-
-        The file loads with ``PanoramicDepth.load_from_checkpoint(path)``.
-        """
-        save_deployed(self, path, leave_out=("adapters.", "metrics."))
 
 
 def check_widths(widths: list[int]) -> tuple[int, ...]:

@@ -1,0 +1,140 @@
+"""The recipe ``panoramic_depth``: teacher, student, evaluation beside two trivial predictors, photographs, report.
+
+Training phases are marked in the run folder when they are finished; ``--resume`` goes on at the first unfinished one, at its last
+finished epoch. The knobs are in ``panoramic_depth.yaml``.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lightning_plugins import DepthTeacher, PanoramaReport, PanoramicDepth, RenderedRooms
+from lightning_plugins._lightning import ModelCheckpoint, seed_everything
+from lightning_plugins._support.errors import InputError
+from lightning_plugins._support.images import check_panorama, find_panoramas, read_panorama
+from lightning_plugins._support.run_folder import RunFolder
+from lightning_plugins.engines.sphere import pixel_directions
+from lightning_plugins.models.panoramic_depth.baselines import trivial_predictors
+from lightning_plugins.models.panoramic_depth.checkpoint import load_module
+from lightning_plugins.models.panoramic_depth.evaluation import Predictor, score
+from lightning_plugins.models.panoramic_depth.module import ModuleWithDepth
+from lightning_plugins.recipes.lightning_cli import RecipeCLI
+from lightning_plugins.recipes.run_loggers import RunLoggers
+from lightning_plugins.recipes.targets import shipped_yaml
+from lightning_plugins.reporting.figures import curves
+from lightning_plugins.reporting.photographs import write_photograph
+from lightning_plugins.reporting.report import Figure, Table, Text, write_report
+from lightning_plugins.reporting.tables import write_table
+
+# Without photographs, the first of the held-out rooms are shown in their place.
+SHOWN_ROOMS = 3
+
+
+class CLI(RecipeCLI):
+    """The options: the model's, the data's and the Trainer's, and these."""
+
+    def __init__(self, folder: RunFolder, options: list[str]) -> None:
+        defaults = ["--config", str(shipped_yaml("panoramic_depth"))]
+        super().__init__(folder, [*defaults, *options], model_class=PanoramicDepth, datamodule_class=RenderedRooms)
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        parser.add_class_arguments(DepthTeacher, "teacher")
+        for shared in ("widths", "head", "max_depth_m", "preset"):
+            parser.link_arguments(f"model.{shared}", f"teacher.{shared}")
+        parser.add_argument("--teacher_epochs", type=int, default=4, help="epochs of the teacher")
+        parser.add_argument("--image", type=str | None, default=None, help="a photograph, or a folder of them, to predict on")
+        parser.add_argument("--ckpt", type=str | None, default=None, help="a student's checkpoint: skips the training")
+        parser.add_argument("--wandb", type=Literal["offline", "online", "disabled"], default="offline", help="the W&B run")
+        parser.add_argument("--wandb_photographs", type=bool, default=False, help="put your photographs into the W&B run, too")
+
+    def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
+        self.config["model"]["teacher"] = str(self.folder.path / "teacher.ckpt")
+
+
+def main(options: list[str], run: RunFolder, resume: bool) -> None:
+    """Train what is not trained yet, evaluate, predict, report."""
+    cli = CLI(run, options)
+    knobs, finished = cli.config, run.read()["finished"]
+    # What a user can have got wrong is looked at before the first minute of training.
+    photographs = find_panoramas(knobs.image) if knobs.image else []
+    for path in photographs:
+        check_panorama(path)
+    if knobs.teacher_epochs < 1:
+        raise InputError(f"teacher_epochs must be 1 or more, got {knobs.teacher_epochs}; to do without: --model.distillation_weight 0")
+    trained = load_module(PanoramicDepth, knobs.ckpt) if knobs.ckpt else None
+    loggers = RunLoggers(run, knobs.wandb)
+
+    if trained is None:
+        if cli.model.teacher_path and "teacher" not in finished:
+            fit(cli, run, "teacher", cli.config_init.teacher, knobs.teacher_epochs, loggers, callbacks=[])
+        if "student" not in finished:
+            epochs = knobs.trainer.max_epochs
+            pictures = PanoramaReport(samples=SHOWN_ROOMS, every_n_epochs=max(1, (epochs or 2) // 2))
+            fit(cli, run, "student", cli.model, epochs, loggers, callbacks=[pictures])
+        trained = load_module(PanoramicDepth, run.path / "student.ckpt")
+    if not cli.trainer.is_global_zero:
+        return
+
+    trained.to(cli.trainer.strategy.root_device)
+    scores = evaluate(trained, cli.datamodule, run)
+    images = {path.stem: read_panorama(path) for path in photographs} or shown_rooms(cli.datamodule)
+    previews = {name: predict(trained, name, image, run) for name, image in images.items()}
+    report(run, scores, loggers.merge(["teacher", "student"]), previews)
+    loggers.show(scores, previews if knobs.wandb_photographs or not photographs else {})
+
+
+def fit(cli: CLI, run: RunFolder, phase: str, module: ModuleWithDepth, epochs: int, loggers: RunLoggers, callbacks: list[Any]) -> None:
+    """Train one phase, from its last finished epoch if there is one, and write ``<phase>.ckpt``."""
+    folder = run.path / "checkpoints" / phase
+    keep_last = ModelCheckpoint(folder, filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
+    own = cli.config_init.trainer.callbacks or []
+    trainer = cli.instantiate_trainer(max_epochs=epochs, logger=loggers.of_phase(phase), callbacks=[*own, *callbacks, keep_last])
+    seed_everything(cli.config.seed_everything, workers=True, verbose=False)
+    last = folder / "last.ckpt"
+    trainer.fit(module, cli.datamodule, ckpt_path=str(last) if last.exists() else None)
+    if trainer.is_global_zero:
+        module.deploy(run.path / f"{phase}.ckpt")
+        run.finish(phase)
+    trainer.strategy.barrier()
+
+
+def evaluate(student: PanoramicDepth, rooms: RenderedRooms, run: RunFolder) -> list[dict[str, Any]]:
+    """Score the student and the trivial predictors on the held-out rooms; write ``evaluation.csv``."""
+    known = rooms.rooms("train")
+    predictors: dict[str, Predictor] = {"student": lambda image: student(image.to(student.device))}
+    for name, depth_m in trivial_predictors(known.depth_m, known.mask).items():
+        constant = torch.from_numpy(depth_m)
+        predictors[name] = lambda image, constant=constant: constant.expand(len(image), 1, *constant.shape)
+    rooms.setup("test")
+    scores = score(predictors, rooms.test_dataloader(), student.hparams["preset"])
+    write_table(run.path / "evaluation.csv", scores)
+    return scores
+
+
+def shown_rooms(rooms: RenderedRooms) -> dict[str, NDArray[np.uint8]]:
+    """Return some held-out rooms by name, as if they were photographs."""
+    return {f"room_{i}": image for i, image in enumerate(rooms.rooms("test").image[:SHOWN_ROOMS])}
+
+
+def predict(student: PanoramicDepth, name: str, image: NDArray[np.uint8], run: RunFolder) -> bytes:
+    """Write depth map, point cloud and preview of one photograph to ``photographs/``; return the preview."""
+    pixels = torch.from_numpy(image).permute(2, 0, 1).float() / 255
+    depth_m = student.predict_panorama(pixels).cpu().numpy()
+    return write_photograph(run.path / "photographs", name, image, depth_m, pixel_directions(*depth_m.shape).numpy())
+
+
+def report(run: RunFolder, scores: list[dict[str, Any]], metrics: list[dict[str, str]], previews: dict[str, bytes]) -> None:
+    """Write ``report.html``: scores, curves, held-out rooms with their errors, photographs."""
+    student, best = scores[0]["abs_rel"], min(row["abs_rel"] for row in scores[1:])
+    summary = f"AbsRel {student:.3f} on {scores[0]['images']} held-out rooms; the best predictor that sees no image has {best:.3f}."
+    sections = [Text([summary]), Table(scores, heading="Held-out rooms", caption=f"Protocol: {scores[0]['preset']}. Depths in metres.")]
+    if picture := curves(metrics):
+        sections.append(Figure(picture, "Losses and errors against steps.", heading="Curves"))
+    for path in sorted((run.path / "previews").glob("*.png"))[-SHOWN_ROOMS:]:
+        sections.append(Figure(path.read_bytes(), f"Validation room, {path.stem.replace('_', ' ')}: prediction, truth, error."))
+    for name, preview in previews.items():
+        sections.append(Figure(preview, f"{name}: depth, 0 to 10 m."))
+    write_report(run.path / "report.html", "Panoramic depth", sections)
