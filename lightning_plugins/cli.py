@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from lightning_plugins._support.catalogue import copy_recipe, describe, list_all
-from lightning_plugins._support.errors import InputError, RankError, as_input_error, causes, nearest
+from lightning_plugins._support.errors import InputError, RankError, as_input_error, causes, nearest, one_line
 from lightning_plugins._support.run_folder import RunFolder
 from lightning_plugins.recipes.launch_options import Parser, run_parser, several_machines, split_run, torchrun_options
 
@@ -49,7 +49,7 @@ def _report(error: Exception, debug: bool) -> int:
     """Print what a user needs of an error and return the exit code."""
     refusal = as_input_error(error)
     if isinstance(error, RankError):
-        print(error, file=sys.stderr)
+        print(str(error).rstrip(), file=sys.stderr)
     elif debug or refusal is None:
         traceback.print_exception(error)
     if refusal is None:
@@ -198,18 +198,19 @@ def _hand_over(word: str, arguments: list[str]) -> int:
     Raises:
         InputError: if the word is nobody's.
     """
-    unknown = f"unknown command {word!r}; {nearest(word, _COMMANDS)}"
+    unknown = f"there is no command {word!r}"
+    ours = nearest(word, _COMMANDS)
     try:
         scripts = metadata.distribution(SDK).entry_points.select(group="console_scripts", name=SDK)
     except metadata.PackageNotFoundError:
-        raise InputError(f"{unknown}; if it is a word of {SDK}: pip install {SDK}") from None
+        raise InputError(f"{unknown} (if it is one of {SDK}: pip install {SDK}); {ours}") from None
     try:
         group = next(iter(scripts)).load()
         words = group.commands
     except Exception as error:
-        raise InputError(f"{unknown}; {SDK} is installed, but its command cannot be loaded ({error})") from error
+        raise InputError(f"{unknown}, and that of {SDK} cannot be loaded ({one_line(str(error))}); {ours}") from error
     if word not in words:
-        raise InputError(unknown)
+        raise InputError(f"{unknown}, here or in {SDK}; {nearest(word, [*_COMMANDS, *words])}")
     group(args=[word, *arguments], prog_name="lightning")
     return 0
 

@@ -5,8 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lightning_plugins
 import pytest
+
+import lightning_plugins
 from lightning_plugins._support.methods import METHODS
 
 PACKAGE = Path(lightning_plugins.__file__).parent
@@ -30,7 +31,9 @@ print(took_s, sorted({"torch", "pytorch_lightning", "lightning", "numpy", "yaml"
 
 
 def test_the_command_line_imports_neither_torch_nor_lightning():
-    code = "import sys, lightning_plugins.cli; print(sorted({'torch', 'pytorch_lightning', 'lightning', 'rich'} & set(sys.modules)))"
+    code = (
+        "import sys, lightning_plugins.cli; print(sorted({'torch', 'pytorch_lightning', 'lightning', 'rich'} & set(sys.modules)))"
+    )
     assert python(code) == "[]"
 
 

@@ -180,7 +180,7 @@ def check_command() -> Finding:
     package = owner[1].partition(".")[0] if owner else "an unknown package"
     if package == "lightning_plugins":
         return Finding("lightning command", f"{script} is ours")
-    fix = "use lightning-plugins, the same program, or install lightning_plugins again: pip install --force-reinstall --no-deps"
+    fix = "use lightning-plugins, the same program, or run in the checkout of lightning_plugins: pip install --no-deps -e ."
     return Finding("lightning command", f"{script} belongs to {package}", fix)
 
 

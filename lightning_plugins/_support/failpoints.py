@@ -9,9 +9,9 @@ and never again. Actions: ``raise``, ``kill`` (SIGKILL to this process), ``exit:
 """
 
 import errno
+import itertools
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,12 +30,11 @@ class FailpointError(RuntimeError):
 class _Armed(NamedTuple):
     action: str
     number: float
-    count: int
+    at_hit: int
+    hits: Iterator[int]  # 1, 2, ...: counts over all threads without a lock
 
 
 _armed: dict[str, _Armed] | None = None
-_hits: dict[str, int] = {}
-_lock = threading.Lock()
 
 
 def failpoint(name: str) -> None:
@@ -57,20 +56,18 @@ def armed(specification: str) -> Iterator[None]:
     Raises:
         InputError: if the specification is not of the form above.
     """
-    global _armed, _hits
-    before = _armed, _hits
-    _armed, _hits = _parse(specification), {}
+    global _armed
+    before = _armed
+    _armed = _parse(specification)
     try:
         yield
     finally:
-        _armed, _hits = before
+        _armed = before
 
 
 def _hit(name: str, point: _Armed) -> None:
-    with _lock:  # hits are counted over all threads
-        _hits[name] = _hits.get(name, 0) + 1
-        if _hits[name] != point.count:
-            return
+    if next(point.hits) != point.at_hit:
+        return
     if point.action == "raise":
         raise FailpointError(f"fail-point {name} raised")
     if point.action == "kill":
@@ -99,7 +96,7 @@ def _parse(specification: str) -> dict[str, _Armed]:
         if not name or len(numbers) > wanted + 1 or count < 1 or not 0 <= number < float("inf"):
             form = f"name={action}" + ":NUMBER" * wanted
             raise InputError(f"fail-point {part!r} is not understood; write {form} or {form}:COUNT, with COUNT 1 or more")
-        points[name] = _Armed(action, number, count)
+        points[name] = _Armed(action, number, count, itertools.count(1))
     return points
 
 

@@ -30,6 +30,6 @@ def _step(path: Path) -> int | None:
     except UnpicklingError:
         # Whole, but with classes of the user's own inside, which the safe loader refuses: Lightning may still load it.
         return 0
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
         warnings.warn(f"{path} is no readable checkpoint ({str(error).splitlines()[0]}) and is passed over", stacklevel=3)
         return None

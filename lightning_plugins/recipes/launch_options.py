@@ -3,6 +3,7 @@
 import argparse
 import re
 from typing import Any, NoReturn
+from uuid import uuid4
 
 from lightning_plugins._support.errors import InputError, nearest
 
@@ -90,7 +91,8 @@ def torchrun_options(given: argparse.Namespace) -> list[str]:
         if values["--rdzv-backend"] is None and values["--master-addr"] is None:
             launch.append("--rdzv-backend=c10d")
     elif not meeting:
-        launch.append("--standalone")
+        # What torchrun's --standalone stands for, which its configuration alone does not know: a rendezvous on a free port.
+        launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", f"--rdzv-id={given.rdzv_id or uuid4()}"]
     return launch
 
 

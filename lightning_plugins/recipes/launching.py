@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -30,6 +31,7 @@ _AGENT_LOGGERS = (
     "torch.distributed.elastic.agent.server.api",
     "torch.multiprocessing.spawn",
 )
+_YAML_MODULE = "lightning_plugins.recipes.lightning_cli"
 
 
 def run_function(target: Target, options: list[str], folder: RunFolder, resume: bool, launch: list[str], debug: bool) -> None:
@@ -52,8 +54,10 @@ def run_function(target: Target, options: list[str], folder: RunFolder, resume: 
         call_target(target, options, folder, resume)
         return
     namespace = os.environ.get(VARIABLE, NAMESPACES[0])
-    preload = [namespace, f"{namespace}.cli", "lightning_plugins._lightning", "lightning_plugins.recipes.lightning_cli"]
-    multiprocessing.set_forkserver_preload([*preload, *([target.recipe] if target.recipe else [])])
+    _announce(launch)
+    multiprocessing.set_forkserver_preload([target.recipe] if target.recipe else [namespace, _YAML_MODULE])
+    # The server imports these while this process imports torch for the agent.
+    forkserver.ensure_running()
     _run_agent(launch, debug, _rank, (target, options, folder, resume))
 
 
@@ -72,6 +76,7 @@ def run_script(target: Target, options: list[str], launch: list[str], debug: boo
     command = [sys.executable, str(target.file), *options]
     if not launch:
         return _run_child(command)
+    _announce(launch)
     try:
         _run_agent(launch, debug, command[0], tuple(command[1:]))
     except _RankExit as ended:
@@ -98,6 +103,16 @@ def _rank(target: Target, options: list[str], folder: RunFolder, resume: bool) -
         raise InputError(str(refusal)) from error
 
 
+def _announce(launch: list[str]) -> None:
+    """Set what ranks inherit: that they were launched, and their share of the cores (torchrun: one thread, and a banner)."""
+    os.environ[LAUNCHED] = "1"
+    # Ranks that are started again would find the dead ones' addresses in a store shared with the agent (pytorch issue 135712).
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    count = next((option.partition("=")[2] for option in launch if option.startswith("--nproc-per-node=")), "1")
+    if count.isdigit():
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(count))))
+
+
 def _run_agent(launch: list[str], debug: bool, entrypoint: Callable[..., None] | str, arguments: tuple[Any, ...]) -> None:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -107,16 +122,12 @@ def _run_agent(launch: list[str], debug: bool, entrypoint: Callable[..., None] |
 
     settings = get_args_parser().parse_args([*launch, "the target is given below"])
     try:
-        local_ranks = int(settings.nproc_per_node) if settings.nproc_per_node.isdigit() else 1
-        # Ranks share the cores; torchrun would give each one thread, and print a banner about it.
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local_ranks)))
         config = config_from_args(settings)[0]
     except (ValueError, AssertionError) as error:
         raise InputError(f"the launch options {' '.join(launch)} are wrong: {error}") from error
     if not debug:
         for name in _AGENT_LOGGERS:
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ[LAUNCHED] = "1"
     with TemporaryDirectory(prefix="lightning-run-") as logs:
         config.start_method = "forkserver"
         config.logs_specs = DefaultLogsSpecs(log_dir=logs)
@@ -132,9 +143,10 @@ def _run_agent(launch: list[str], debug: bool, entrypoint: Callable[..., None] |
 
 
 def _raise_of_ranks(logs: Path, failed: Exception) -> None:
-    """Raise the sentence of the rank that refused something, else the traceback of the first rank that failed."""
+    """Raise the sentence of a rank that refused something, else the traceback of the first that failed, in the last attempt."""
     messages = []
-    for file in sorted(logs.rglob("error.json"), key=lambda path: path.stat().st_mtime_ns):
+    attempts = sorted(logs.glob("*/attempt_*"), key=lambda path: int(path.name.rpartition("_")[2]))
+    for file in sorted(attempts[-1].rglob("error.json"), key=lambda path: path.stat().st_mtime_ns):
         message = json.loads(file.read_text(encoding="utf-8"))["message"]
         messages.append(message if isinstance(message, dict) else {"message": message, "extraInfo": {"py_callstack": message}})
     refusal = f"{InputError.__name__}: "

@@ -114,7 +114,7 @@ def launched_devices(devices: Any, num_nodes: int, environ: Any) -> tuple[Any, i
         here = int(environ["LOCAL_WORLD_SIZE"])
         return here, int(environ["WORLD_SIZE"]) // here
     if devices in ("auto", -1, "-1"):
-        return 1, 1
+        devices = 1
     count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
     if count * num_nodes > 1:
         raise InputError(

@@ -77,6 +77,7 @@ def _unknown(key: str, prefix: str, valid: Iterable[str], options: Iterable[str]
     name = key.rpartition(".")[2]
     spellings = (f"--{key}", f"--{prefix}.init_args.{name}")
     dashes = "--" if any(option.partition("=")[0] in spellings for option in options) else ""
+    valid = valid if dashes else [word for word in valid if word != "config"]
     dotted = [f"{dashes}{prefix}.{word}" if prefix else f"{dashes}{word}" for word in valid]
     return f"unknown {'option' if dashes else 'key'} {dashes}{key}; {_nearest_key(f'{dashes}{key}', dotted)}"
 

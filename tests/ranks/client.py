@@ -164,7 +164,7 @@ class Handle:
         self._refusal = ""
         self._folder = tempfile.mkdtemp(prefix="ranks-")
         self._channel = Channel(connection)
-        self._channel.send({**job, "folder": self._folder})
+        self._send({**job, "folder": self._folder})
 
     def __enter__(self) -> "Handle":
         return self
@@ -212,11 +212,12 @@ class Handle:
                 raise RankFailure(f"a rank ended before its progress({value!r})\n{self._report()}")
             self._pump_before(deadline, f"progress({value!r}) of rank {sorted(missing)}")
 
-    def join(self, timeout_s: float, until_failure: bool = False) -> list[int | None]:
-        """Wait until all ranks have ended and return their exit codes; a killed or failed rank is no error here.
+    def join(self, timeout_s: float, ranks: Sequence[int] | None = None, until_failure: bool = False) -> list[int | None]:
+        """Wait until ranks have ended and return the exit codes of all; a killed or failed rank is no error here.
 
         Args:
             timeout_s: how long to wait.
+            ranks: whom to wait for; None means all.
             until_failure: give up on the others two seconds after the first rank has failed.
 
         Raises:
@@ -224,12 +225,13 @@ class Handle:
         """
         deadline = time.monotonic() + timeout_s
         failed_at = None
-        while len(self._codes) < self.world_size:
+        wanted = set(range(self.world_size) if ranks is None else ranks)
+        while running := sorted(wanted - set(self._codes)):
             if until_failure and failed_at is None and (self._errors or any(self._codes.values())):
                 failed_at = time.monotonic()
             if failed_at is not None and time.monotonic() > failed_at + AFTER_FAILURE_S:
                 break
-            self._pump_before(deadline, f"the end of {self.world_size} ranks", at_most_s=0.1 if failed_at else 1.0)
+            self._pump_before(deadline, f"the end of ranks {running} of {self.world_size}", at_most_s=0.1 if failed_at else 1.0)
         return self.exit_codes
 
     def results(self) -> list[Any]:
@@ -268,7 +270,7 @@ class Handle:
         """End all processes of the job, and return when the last is gone."""
         if self._channel.socket.fileno() < 0:
             return
-        self._channel.send(("close",))
+        self._send(("close",))
         while not self._channel.closed:
             self._pump(1.0)
         self._channel.socket.close()
@@ -277,7 +279,13 @@ class Handle:
     def _signal(self, rank: int, number: int, delay_s: float = 0.0) -> None:
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank must be 0 to {self.world_size - 1}, got {rank}")
-        self._channel.send(("signal", rank, int(number), delay_s))
+        self._send(("signal", rank, int(number), delay_s))
+
+    def _send(self, message: Any) -> None:
+        """Send at once and whole: the test may do other things for a long time afterwards."""
+        self._channel.send(message)
+        while self._channel.unsent:
+            self._pump(1.0)
 
     def _pump_before(self, deadline: float, waited_for: str, at_most_s: float = 1.0) -> None:
         left_s = deadline - time.monotonic()
@@ -303,9 +311,12 @@ class Handle:
             elif kind == "signalled":
                 rank, number, time_s = rest
                 self.signals.append((rank, number, time_s))
-            else:
-                rank, value = rest[:2]
-                {"result": self._results, "error": self._errors, "ended": self._codes}[kind][rank] = value
+            elif kind == "result":
+                rank, self._results[rank] = rest
+            elif kind == "error":
+                rank, self._errors[rank] = rest
+            elif kind == "ended":
+                rank, self._codes[rank], _ = rest
         if self._refusal:
             raise RankFailure(f"the ranks could not be started\n{self._refusal}")
 

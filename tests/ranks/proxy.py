@@ -19,6 +19,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.ranks import linux
 from tests.ranks.hosts import Host
@@ -107,12 +108,12 @@ class Proxy:
         return line
 
 
-async def _serve(settings: dict) -> None:
+async def _serve(settings: dict[str, Any]) -> None:
     if settings["namespace"]:
         linux.enter_network_namespace(settings["namespace"])
     loop = asyncio.get_running_loop()
     current = Faults(**json.loads(sys.stdin.readline()))
-    connections: set[asyncio.Task] = set()
+    connections: set[asyncio.Task[None]] = set()
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

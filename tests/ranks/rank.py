@@ -90,13 +90,13 @@ def environment(job: dict[str, Any], number: int, port: int) -> dict[str, str]:
 
 def serve_store(job: dict[str, Any], port_writer: int) -> int:
     """Serve the job's rendezvous store until killed, on the switch between the hosts if there are any."""
-    from torch.distributed import TCPStore
+    import torch.distributed as dist
 
     linux.die_with_parent()
     if job["hosts"]:
         linux.enter_network_namespace(job["hosts"][0].switch)
     address = job["hosts"][0].switch_address if job["hosts"] else "127.0.0.1"
-    store = TCPStore(address, 0, None, True, wait_for_workers=False)
+    store = dist.TCPStore(address, 0, None, True, wait_for_workers=False)
     os.write(port_writer, str(store.port).encode())
     os.close(port_writer)
     while True:
@@ -114,7 +114,7 @@ def leave(task: Callable[[], int]) -> NoReturn:
         traceback.print_exc()
         code = 1
     # What multiprocessing does in its own forks: wait for threads that are not daemons, then run the handlers.
-    threading._shutdown()
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

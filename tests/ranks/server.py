@@ -9,6 +9,7 @@ The server ends when its standard input does, that is, with the process that sta
 import gc
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -20,6 +21,7 @@ OURS = ("lightning_plugins", "tests")
 
 def preload() -> None:
     """Import what every job needs, in the Lightning that LIGHTNING_PLUGINS_NAMESPACE names, and keep nothing of our own."""
+    import hypothesis  # noqa: F401 (pytest and this for mutations, whose tests run in ranks)
     import pytest  # noqa: F401
     import torch
     import torch.distributed
@@ -43,6 +45,7 @@ def serve(address: str) -> None:
     while True:
         readable, _, _ = select.select([listener, sys.stdin], [], [])
         if sys.stdin in readable:
+            shutil.rmtree(os.path.dirname(address), ignore_errors=True)  # the owner's work, if it was not killed
             return
         connection, _ = listener.accept()
         if os.fork() == 0:

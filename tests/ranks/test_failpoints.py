@@ -39,17 +39,28 @@ def test_acts_at_the_nth_hit_and_never_again():
     assert hits == [3]
 
 
-def test_hits_of_all_threads_count():
+@pytest.fixture
+def hasty_threads():
+    """Threads that take turns as often as the interpreter allows."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-7)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_hits_of_all_threads_count(hasty_threads):
     raised = []
+    start = threading.Barrier(4)
 
     def hit_often():
-        for _ in range(1000):
+        start.wait()
+        for _ in range(10_000):
             try:
                 failpoint("a")
             except FailpointError:
                 raised.append(threading.get_ident())
 
-    with armed("a=raise:4000"):
+    with armed("a=raise:40000"):
         threads = [threading.Thread(target=hit_often) for _ in range(4)]
         for thread in threads:
             thread.start()

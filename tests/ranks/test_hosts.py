@@ -138,21 +138,18 @@ def _count_alive(handle):
 
 def starts_a_daemon(rank, world_size):
     daemon = subprocess.Popen(["sleep", "600"], start_new_session=True)
-    progress(("daemon", daemon.pid))
+    progress(daemon.pid)
+    progress("ready")
     time.sleep(600)
 
 
 def test_a_lost_host_loses_its_daemons_too(ranks, hosts):
     pair = hosts(2)
     with ranks.start(starts_a_daemon, 2, hosts=pair.place(0, 1), init=False) as handle:
-        while len(handle.messages) < 2:
-            assert handle.exit_codes == [None, None]
-            time.sleep(0.02)
-        daemons = {rank: value[1] for rank, value, _ in handle.messages}
+        handle.wait_for("ready")
+        daemons = {rank: value for rank, value, _ in handle.messages if value != "ready"}
         pair.lose(1)
-        while handle.exit_codes[1] is None:
-            time.sleep(0.02)
-        assert handle.exit_codes == [None, -signal.SIGKILL]
+        assert handle.join(10, ranks=[1]) == [None, -signal.SIGKILL]
         assert linux.state(daemons[0]) == "S"
         assert linux.state(daemons[1]) == ""
 
@@ -162,8 +159,7 @@ def test_nothing_is_left_after_a_failing_block():
         with Hosts(2) as pair:
             inside = subprocess.Popen(["ip", "netns", "exec", pair.hosts[0].name, "sleep", "600"], start_new_session=True)
             started.append(inside)
-            while not network._run(["ip", "netns", "pids", pair.hosts[0].name]):
-                time.sleep(0.01)
+            time.sleep(0.3)  # until it is inside
             assert len(network.remaining(os.getpid())) == 3
             raise RuntimeError("a failing test")
 

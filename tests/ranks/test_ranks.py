@@ -1,5 +1,6 @@
 """The ranks themselves: what they return, how they fail, what they leave behind. Every process here is a real one."""
 
+import atexit
 import os
 import subprocess
 import sys
@@ -126,6 +127,15 @@ def one_exits(rank, world_size):
 def test_an_early_exit_is_a_failure(ranks):
     with pytest.raises(RankFailure, match="rank 0 of 2 did not return and ended with exit code 3"):
         ranks.run(one_exits, 2, init=False)
+
+
+def breaks_on_its_way_out(rank, world_size):
+    atexit.register(os._exit, 5)
+
+
+def test_a_crash_after_the_return_is_a_failure(ranks):
+    with pytest.raises(RankFailure, match="rank 0 of 1 returned and ended with exit code 5"):
+        ranks.run(breaks_on_its_way_out, 1, init=False)
 
 
 def one_hangs(rank, world_size):

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+
 from lightning_plugins._support.atomic import atomic_write
 
 
@@ -18,12 +19,17 @@ def test_the_file_appears_whole_with_ordinary_rights(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
+def write_half(path, error):
+    with atomic_write(path) as file:
+        file.write(b"half")
+        raise error
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_interrupted_write_changes_nothing(tmp_path, error):
     path = tmp_path / "a.bin"
     path.write_bytes(b"before")
-    with pytest.raises(error), atomic_write(path) as file:
-        file.write(b"half")
-        raise error
+    with pytest.raises(error):
+        write_half(path, error)
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]

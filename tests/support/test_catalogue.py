@@ -3,8 +3,9 @@
 import inspect
 import re
 
-import lightning_plugins
 import pytest
+
+import lightning_plugins
 from lightning_plugins._support.catalogue import PACKAGE, copy_recipe, describe, list_all
 from lightning_plugins._support.errors import InputError
 from lightning_plugins._support.methods import METHODS, RECIPES

@@ -94,8 +94,16 @@ def test_an_empty_machine_has_no_trap(machine):
     ("changed", "says", "fix"),
     [
         ({"lightning": "2.6.2", "pytorch-lightning": "2.6.2"}, "lightning 2.6.2 is a malicious release", "change every secret"),
-        ({"pytorch-lightning": "2.5.1"}, "2.5.1 and lightning 2.6.6 differ", "pip install 'pytorch-lightning==2.6.6' 'lightning==2.6.6'"),
-        ({"torch": "2.10.0+cu128"}, "built for torch 2.11.0, installed is 2.10.0+cu128", "pip install 'torch==2.10.0' torchvision"),
+        (
+            {"pytorch-lightning": "2.5.1"},
+            "2.5.1 and lightning 2.6.6 differ",
+            "pip install 'pytorch-lightning==2.6.6' 'lightning==2.6.6'",
+        ),
+        (
+            {"torch": "2.10.0+cu128"},
+            "built for torch 2.11.0, installed is 2.10.0+cu128",
+            "pip install 'torch==2.10.0' torchvision",
+        ),
         ({"numpy": "2.0.0", "torch": "2.2.1", "torchvision": None}, "2.0.0 breaks torch 2.2.1", "pip install 'numpy<2'"),
         ({"opencv-python": "4.10"}, "opencv-python and opencv-python-headless both own cv2", "pip uninstall -y opencv-python"),
         ({"deepspeed": "0.15.4"}, "0.15.4 does not work with torch 2.11.0", "pip install 'deepspeed>=0.16'"),
@@ -140,7 +148,7 @@ def test_nvidias_apex_is_no_trap(machine):
 @pytest.mark.parametrize("environ", [{"WANDB_API_KEY": "x"}, {"WANDB_MODE": "offline"}, {"NETRC": "netrc"}])
 def test_a_wandb_with_a_key_or_offline_is_no_trap(machine, environ):
     machine.install({**HEALTHY, "wandb": "0.31.0"})
-    (machine.root / "netrc").write_text("machine api.wandb.ai login user password x\n")
+    (machine.root / "netrc").write_text("machine wandb.example login user password x\n")
     environ = {name: str(machine.root / value) if name == "NETRC" else value for name, value in environ.items()}
     assert machine.doctor(**environ)[0] == 0
 

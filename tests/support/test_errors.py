@@ -1,6 +1,9 @@
-"""Which errors become one sentence, judged on real ones: a device that is always full, torch writing to it, a missing package."""
+"""Which errors become one sentence, judged on real ones: a device that is always full, torch writing to it."""
+
+from pathlib import Path
 
 import pytest
+
 from lightning_plugins._support.errors import InputError, as_input_error, nearest, one_line
 from lightning_plugins._support.optional import require
 
@@ -47,7 +50,7 @@ def test_torch_writing_to_a_full_disk_is_a_sentence():
 
 
 def test_a_forbidden_place_is_named():
-    error = raised(lambda: open("/dev/full/run.json", "w"))
+    error = raised(lambda: Path("/dev/full/run.json").write_text(""))
     assert as_input_error(error) is None  # not a directory: that is not the storage's state
     place = as_input_error(PermissionError(13, "Permission denied", "/somewhere/run.json"))
     assert str(place).startswith("/somewhere/run.json: Permission denied; ")

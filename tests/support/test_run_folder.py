@@ -4,6 +4,7 @@ import json
 from datetime import datetime
 
 import pytest
+
 from lightning_plugins._support.errors import InputError
 from lightning_plugins._support.run_folder import RunFolder
 

@@ -67,7 +67,7 @@ def draw_photography(generator: np.random.Generator) -> Photography:
         tripod=TRIPOD_KINDS[int(generator.choice(len(TRIPOD_KINDS), p=[0.6, 0.08, 0.17, 0.03, 0.12]))],
         tripod_rad=float(np.radians(5.0 + 13.0 * draw[8])),
         tripod_colour=(grey, grey, grey),
-        range_m=6.0 + 9.0 * draw[10] if draw[11] < 0.12 else 100.0,
+        range_m=4.5 + 6.0 * draw[10] if draw[11] < 0.12 else 100.0,
         dropout=1.0 if draw[12] < 0.3 else 0.0,
     )
 

@@ -165,7 +165,8 @@ def put_windows(generator: np.random.Generator, layout: Layout, walls: list[Segm
         top = min(wall_height_m(layout, segment, *place) - 0.15, 1.9 + 0.5 * draw[4])
         if top < sill + 0.5:
             continue
-        ground: Colour = (0.2 + 0.3 * draw[5], 0.24 + 0.25 * draw[6], 0.15 + 0.3 * draw[5])
+        grey = 0.25 + 0.3 * draw[5]
+        ground: Colour = (grey, grey * (1.0 + 0.2 * draw[6]), grey * (0.65 + 0.35 * draw[2]))
         pane = done.add(
             Material("outdoors", sky, ground, scale_m=wide / (1 + int(3 * draw[5])) + 1e-4, contrast=draw[6], emission=2.2 * day,
                      origin_m=(place[0], sill))

@@ -10,6 +10,7 @@ from lightning_plugins.engines.rendering.palette import draw_colour, draw_light,
 from lightning_plugins.engines.rendering.scene import Box, Decal, Lamp, Material, Sun
 
 MIN_LAMP_DISTANCE_M = 0.8
+TRIES = 8
 
 
 def hang_pictures(generator: np.random.Generator, layout: Layout, walls: list[Segment], done: Decoration) -> None:
@@ -58,6 +59,9 @@ def cut_skylights(generator: np.random.Generator, layout: Layout, done: Decorati
     for draw in generator.random((int(generator.integers(1, 4)), 5)).tolist():
         x, y = 0.5 + draw[0] * (layout.size_m[0] - 1.0), 0.5 + draw[1] * (layout.size_m[1] - 1.0)
         point = (x, y, layout.ceiling_height_m(x, y))
+        above = sum(n * p for n, p in zip(plane.normal, point, strict=True))
+        if abs(above - plane.offset_m) > 1e-6 or _in_notch(layout, x, y):
+            continue  # under the other slope, or in the missing corner
         u = sum(a * p for a, p in zip(plane.u_axis, point, strict=True))
         v = sum(a * p for a, p in zip(plane.v_axis, point, strict=True))
         half_u, half_v = 0.25 + 0.4 * draw[2], 0.25 + 0.4 * draw[3]
@@ -93,25 +97,28 @@ def put_lamps(generator: np.random.Generator, layout: Layout, done: Decoration, 
     strength = (1.0 if on else 0.12) * layout.free_area_m2 / count * 0.35
     glow = done.add(flat(WHITE, emission=3.0 if on else 0.3))
     kind = int(generator.integers(0, 4)) if not layout.hall else 1
-    for draw in generator.random((count, 6)).tolist():
-        x, y = length * (0.15 + 0.7 * draw[0]), width * (0.15 + 0.7 * draw[1])
-        z = layout.ceiling_height_m(x, y)
-        distance = math.dist((x, y, z - 0.2), layout.camera_m)
-        if distance < MIN_LAMP_DISTANCE_M + 0.3:
-            # Away from the camera, towards the middle of the longer free side.
-            x = 0.2 * length if layout.camera_m[0] > length / 2 else 0.8 * length
-            z = layout.ceiling_height_m(x, y)
+    for draw in generator.random((count, 2 + 2 * TRIES)).tolist():
         half = ((0.15, 0.15, 0.03), (0.06, 0.6, 0.03), (0.3, 0.3, 0.015), (0.05, 0.05, 0.02))[kind]
-        if draw[2] < 0.5:
+        if draw[0] < 0.5:
             half = (half[1], half[0], half[2])
-        sides = [(x + a * half[0], y + b * half[1]) for a in (-1, 1) for b in (-1, 1)]
-        z = min([z] + [layout.ceiling_height_m(*side) for side in sides])
-        done.solids.append(Box((x, y, z - half[2]), half, 0.0, (glow,) * 6))
-        light = colour * strength * (0.6 + 0.8 * draw[3])
-        position = (x, y, z - 0.15 - 2 * half[2])
-        if math.dist(position, layout.camera_m) >= MIN_LAMP_DISTANCE_M:
-            red, green, blue = light.tolist()
-            done.lamps.append(Lamp(position, (red, green, blue), max(half)))
+        for across, along in zip(draw[2::2], draw[3::2], strict=True):
+            x, y = length * (0.12 + 0.76 * across), width * (0.12 + 0.76 * along)
+            sides = [(x + a * half[0], y + b * half[1]) for a in (-1, 0, 1) for b in (-1, 0, 1)]
+            z = min(layout.ceiling_height_m(*side) for side in sides)
+            position = (x, y, z - 0.15 - 2 * half[2])
+            if math.dist(position, layout.camera_m) >= MIN_LAMP_DISTANCE_M and not _in_notch(layout, x, y):
+                done.solids.append(Box((x, y, z - half[2]), half, 0.0, (glow,) * 6))
+                red, green, blue = (colour * strength * (0.6 + 0.8 * draw[1])).tolist()
+                done.lamps.append(Lamp(position, (red, green, blue), max(half)))
+                break
+
+
+def _in_notch(layout: Layout, x: float, y: float) -> bool:
+    """Tell whether a point of the plan lies in the missing corner, or within 0.3 m of it."""
+    if layout.notch is None:
+        return False
+    centre, half = layout.notch.centre_m, layout.notch.half_m
+    return abs(x - centre[0]) < half[0] + 0.3 and abs(y - centre[1]) < half[1] + 0.3
 
 
 def draw_sun(generator: np.random.Generator, done: Decoration, day: float) -> Sun | None:
@@ -126,8 +133,5 @@ def draw_sun(generator: np.random.Generator, done: Decoration, day: float) -> Su
     elevation = math.radians(15.0 + 40.0 * draw[2])
     flat_part = math.cos(elevation)
     strength = (4.0 + 8.0 * draw[3]) * day
-    window = done.windows[0]
-    return Sun(
-        (flat_part * math.cos(azimuth), flat_part * math.sin(azimuth), math.sin(elevation)),
-        window, (strength, 0.9 * strength, 0.75 * strength),
-    )  # fmt: skip
+    direction = (flat_part * math.cos(azimuth), flat_part * math.sin(azimuth), math.sin(elevation))
+    return Sun(direction, done.windows[0], (strength, 0.9 * strength, 0.75 * strength))

@@ -112,7 +112,7 @@ def _place(
 ) -> tuple[float, float] | None:
     """Return a point of the floor plan with clearance on all sides, or None if none of 64 drawn ones has it.
 
-    Of the first two such points the one nearer to the middle of the room, where tripods stand more often than along walls.
+    Of the first three such points the one nearest to the middle of the room, where tripods stand more often than along walls.
     """
     margin = MIN_CLEARANCE_M + 0.1  # curtains and frames stand out from the wall
     points = generator.random((64, 2)) * (np.array(size[:2]) - 2 * margin) + margin
@@ -122,7 +122,7 @@ def _place(
     if notch is not None:
         outside = np.abs(points - np.array(notch.centre_m[:2])) - np.array(notch.half_m[:2])
         free &= (outside >= margin).any(axis=1)
-    found = points[free][:2]
+    found = points[free][:3]
     if not found.size:
         return None
     x, y = found[np.argmin(((found / np.array(size[:2]) - 0.5) ** 2).sum(axis=1))].tolist()

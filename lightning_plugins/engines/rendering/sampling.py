@@ -87,7 +87,8 @@ def _bands(generator: np.random.Generator, done: Decoration) -> tuple[Band, ...]
     bands = []
     if draw[0] < 0.2:
         top = 0.8 + 0.5 * draw[1]
-        lower = done.add(replace(done.materials[WALL], colour=draw_colour(generator, "wall")))
+        red, green, blue = colour = draw_colour(generator, "wall")
+        lower = done.add(replace(done.materials[WALL], colour=colour, second=(0.8 * red, 0.8 * green, 0.8 * blue)))
         bands += [Band(0.0, top, lower), Band(top, top + 0.03, ACCENT)]
     if draw[2] < 0.75:
         bands.append(Band(0.0, 0.05 + 0.1 * draw[3], BASEBOARD))

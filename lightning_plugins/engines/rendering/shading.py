@@ -94,8 +94,9 @@ def shadow_map(boxes: tuple[Box, ...], position_m: Vector) -> Float32:
     return padded
 
 
-def visibility(depths: Float32, x: Float32, y: Float32, z: Float32, distance_m: Float32) -> Float32:
+def visibility(depths: Float32, x: Float32, y: Float32, z: Float32) -> Float32:
     """Return how much of a lamp each pixel sees, from a shadow map and the vector from lamp to pixel."""
+    distance_m = np.sqrt(x * x + y * y + z * z)
     row = np.arccos(np.clip(z / distance_m, -1.0, 1.0)) * np.float32(SHADOW_ROWS / np.pi) + np.float32(0.5)
     column = np.arctan2(-y, x) * np.float32(SHADOW_ROWS / np.pi) + np.float32(SHADOW_ROWS + 0.5)
     i, j = row.astype(np.int32), column.astype(np.int32)
@@ -119,8 +120,8 @@ def lamp_light(lamp: Lamp, points: Float32, normals: Float32, depths: Float32 | 
     squared = x * x + y * y + z * z
     distance = np.sqrt(squared)
     # Lamps have a size: light bends a little around edges (0.15) and does not grow without bound close by.
-    light = -(normals[0] * x + normals[1] * y + normals[2] * z) / distance
-    light += 0.15
+    facing = -(normals[0] * x + normals[1] * y + normals[2] * z) / distance
+    light = facing + 0.15
     np.maximum(light, 0.0, out=light)
     light /= squared * 1.15 + (0.3 + lamp.radius_m**2)
     if lamp.axis is not None:
@@ -128,7 +129,9 @@ def lamp_light(lamp: Lamp, points: Float32, normals: Float32, depths: Float32 | 
         ahead = sum((x, y, z)[axis] * lamp.axis[axis] for axis in used) / distance
         light *= np.maximum(ahead, 0.0)
     if depths is not None:
-        light *= visibility(depths, x, y, z, distance)
+        # Where light grazes, a cell of the map spans many depths: look up a little in front of the surface.
+        lift = (1.0 - np.abs(facing)) * distance * 0.07
+        light *= visibility(depths, x + lift * normals[0], y + lift * normals[1], z + lift * normals[2])
     return light
 
 
@@ -181,8 +184,8 @@ def irradiance(scene: Scene, surface: Int16, points: Float32, normals: Float32, 
     for channel in range(3):
         np.multiply(open_share, scene.ambient[channel], out=falls[channel])
     lamps = sorted(scene.lamps, key=lambda lamp: -sum(lamp.colour))
-    # Thin things cast no shadow worth the time.
-    casting = tuple(box for box in scene.solids if sorted(box.half_m)[1] > 0.05)
+    # Thin things cast no shadow worth the time, and lamps none at all.
+    casting = tuple(box for box in scene.solids if sorted(box.half_m)[1] > 0.05 and scene.materials[box.faces[0]].emission == 0.0)
     for rank, lamp in enumerate(lamps):
         depths = shadow_map(casting, lamp.position_m) if rank < SHADOWED_LAMPS and casting else None
         light = lamp_light(lamp, points, normals, depths)

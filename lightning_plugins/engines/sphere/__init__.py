@@ -1,17 +1,16 @@
 """Geometry of the sphere and of equirectangular images: directions, padding, samplings, resampling, rotation, convolution."""
 
 from lightning_plugins.engines.sphere.band_limit import limit_longitude_band
-from lightning_plugins.engines.sphere.band_limit import limit_longitude_band
 from lightning_plugins.engines.sphere.convolution import SphericalConv2d
 from lightning_plugins.engines.sphere.directions import directions_to_pixels, pixel_directions, solid_angles
 from lightning_plugins.engines.sphere.domains import EquirectangularGrid, SpherePoints
-from lightning_plugins.engines.sphere.padding import pad_equirectangular, wrap_convolutions
+from lightning_plugins.engines.sphere.padding import pad_equirectangular
 from lightning_plugins.engines.sphere.resampling import Resample, sample_equirectangular
-from lightning_plugins.engines.sphere.resizing import resize_equirectangular
 from lightning_plugins.engines.sphere.resizing import resize_equirectangular
 from lightning_plugins.engines.sphere.rings import latitude_rings
 from lightning_plugins.engines.sphere.rotation import rotate_depth, rotate_equirectangular, rotation_from_up
 from lightning_plugins.engines.sphere.sampling import fibonacci_sphere, icosphere
+from lightning_plugins.engines.sphere.wrapping import wrap_convolutions
 
 __all__ = [
     "EquirectangularGrid",
@@ -23,10 +22,8 @@ __all__ = [
     "icosphere",
     "latitude_rings",
     "limit_longitude_band",
-    "limit_longitude_band",
     "pad_equirectangular",
     "pixel_directions",
-    "resize_equirectangular",
     "resize_equirectangular",
     "rotate_depth",
     "rotate_equirectangular",

@@ -1,15 +1,15 @@
 """Pixels of an equirectangular image as directions, and back.
 
-The frame is right-handed: x points forward (the centre of the image), y to the LEFT, z up. A pixel centre (u, v) of an image of H rows
-and W columns has
+The frame is right-handed: x points forward (the centre of the image), y to the LEFT, z up. A pixel centre (u, v) of an image
+of H rows and W columns has
 
     colatitude = pi (v + 0.5) / H            0 at the zenith, pi at the nadir
     longitude  = 2 pi ((u + 0.5) / W - 0.5)  0 at the centre, growing to the right: clockwise, seen from above
     direction  = (sin colat cos lon, -sin colat sin lon, cos colat)
 
 The minus sign is what makes the frame right-handed; with a plus every point cloud comes out mirrored. The azimuth of the usual
-spherical coordinates is therefore minus the longitude. The solid angle of a pixel is exact, (cos top - cos bottom) 2 pi / W, so that the
-pixels sum to 4 pi. Everything is computed in float64 and cast at the end, except what depends on the caller's directions.
+spherical coordinates is therefore minus the longitude. The solid angle of a pixel is exact, (cos top - cos bottom) 2 pi / W,
+so that the pixels sum to 4 pi. All is computed in float64 and cast at the end, save what depends on the caller's directions.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Where the values of a spherical signal live: on the pixels of an equirectangular grid, or on a set of points.
 
-Both say how many nodes there are, in which shape, in which directions, and how far apart: ``spacing_rad`` is pi / H for a grid (its
-spacing at the equator and along every meridian) and sqrt(4 pi / N) for points (the side of a node's share of the sphere).
+Both say how many nodes there are, in which shape, in which directions, and how far apart: ``spacing_rad`` is pi / H for a
+grid (its spacing along every meridian) and sqrt(4 pi / N) for points (the side of a node's share of the sphere).
 """
 
 import math
@@ -58,7 +58,8 @@ class SpherePoints:
     def __init__(self, points: Tensor) -> None:
         if points.ndim != 2 or points.shape[1] != 3 or len(points) < 4:
             raise InputError(
-                f"points must have shape (N, 3) with N of 4 or more, got {tuple(points.shape)}; fibonacci_sphere and icosphere make some"
+                f"points must have shape (N, 3) with N of 4 or more, got {tuple(points.shape)}; "
+                f"fibonacci_sphere and icosphere make such sets"
             )
         points = points.detach().to(device="cpu", dtype=torch.float64)
         length = points.norm(dim=1, keepdim=True)

@@ -1,11 +1,9 @@
 """Resampling between equirectangular images and points on the sphere.
 
-``sample_equirectangular`` reads an image in any directions, which may need gradients. ``Resample`` does the same, and the other ways round,
-between two fixed places, with its indices and weights computed once. All weights sum to one.
-
-Coordinates within a few rounding errors of a pixel centre are moved onto it, so that the identity and turns by whole pixels return the
-image's own numbers.
-Cost: one read per tap (nearest 1, bilinear 4, bicubic 16, points 3) of each target and channel.
+``sample_equirectangular`` reads an image in any directions, which may carry gradients. ``Resample`` goes between two fixed
+places, with its indices and weights computed once. All weights sum to one. Coordinates that lie within rounding errors of a
+pixel centre are moved onto it, so that the identity and turns by whole pixels return the image's own numbers.
+Cost: one read per tap (nearest 1, bilinear 4, bicubic 16, from points 3) of each target and channel.
 """
 
 import torch
@@ -13,8 +11,10 @@ from torch import Tensor, nn
 
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.engines.sphere.directions import directions_to_pixels
-from lightning_plugins.engines.sphere.domains import EquirectangularGrid, SpherePoints
-from lightning_plugins.engines.sphere.tables import grid_taps, points_taps
+from lightning_plugins.engines.sphere.domains import Domain, EquirectangularGrid, SpherePoints
+from lightning_plugins.engines.sphere.interpolation import Interpolation
+from lightning_plugins.engines.sphere.padding import pad_equirectangular
+from lightning_plugins.engines.sphere.tables import MARGINS, grid_table, padded_taps, points_table
 
 
 def sample_equirectangular(image: Tensor, directions: Tensor, mode: str = "bilinear") -> Tensor:
@@ -22,11 +22,12 @@ def sample_equirectangular(image: Tensor, directions: Tensor, mode: str = "bilin
 
     Args:
         image: ``(B, C, H, W)``; differentiable.
-        directions: ``(N, 3)`` or ``(H', W', 3)`` for all images, or ``(B, H', W', 3)`` for each its own; differentiable unless the mode is nearest.
+        directions: ``(N, 3)`` or ``(H', W', 3)`` for all images alike, or ``(B, H', W', 3)``; of any length but zero;
+            differentiable unless the mode is nearest. Their dtype sets the precision of the coordinates.
         mode: ``nearest``, ``bilinear`` or ``bicubic``.
 
     Returns:
-        ``(B, C, N)`` or ``(B, C, H', W')``.
+        ``(B, C, N)`` or ``(B, C, H', W')``, in the image's dtype.
 
     Raises:
         InputError: if a shape or the mode is none of these.
@@ -34,27 +35,31 @@ def sample_equirectangular(image: Tensor, directions: Tensor, mode: str = "bilin
     if image.ndim != 4:
         raise InputError(f"image must have shape (B, C, H, W), got {tuple(image.shape)}; add the missing axes with [None]")
     batch, channels, height, width = image.shape
-    if directions.ndim not in (2, 3, 4) or (directions.ndim == 4 and directions.shape[0] != batch):
+    if directions.ndim not in (2, 3, 4) or (directions.ndim == 4 and len(directions) != batch):
         raise InputError(
             f"directions must have shape (N, 3), (H, W, 3) or ({batch}, H, W, 3), got {tuple(directions.shape)}; "
             f"for a set of points per image give ({batch}, 1, N, 3)"
         )
-    u, v = _snap(directions_to_pixels(directions, height, width), width).unbind(-1)
-    row, column, weight = grid_taps(u, v, height, width, mode)
-    index = row * width + column.remainder(width)
-    weight = weight.to(image.dtype)
-    pixels = image.flatten(2)
-    result = image.new_zeros(())
-    for tap in range(index.shape[-1]):
-        result = result + _gather(pixels, index[..., tap]) * weight[..., tap].unsqueeze(1 if directions.ndim == 4 else 0)
-    return result
+    pixels = _snap(directions_to_pixels(directions, height, width), width)
+    base, across, down = padded_taps(pixels, height, width, mode)
+    source = pad_equirectangular(image, MARGINS[mode]).flatten(2)
+    stride = width + 2 * MARGINS[mode]
+    shape = base.shape if directions.ndim < 4 else base.shape[1:]
+    # (B or 1, 1, targets): one map for all channels, and for all images where they share it.
+    index = base.reshape(-1, 1, shape.numel()).expand(batch, channels, -1)
+    across, down = ([weight.to(image.dtype).reshape(-1, 1, shape.numel()) for weight in weights] for weights in (across, down))
+    rows = []
+    for row in range(len(down)):
+        taps = [source[..., row * stride + column :].gather(2, index) for column in range(len(across))]
+        rows.append(_weighted_sum(taps, across))
+    return _weighted_sum(rows, down).unflatten(2, shape)
 
 
-def _gather(pixels: Tensor, index: Tensor) -> Tensor:
-    if index.ndim < 3:
-        return pixels.index_select(2, index.flatten()).unflatten(2, index.shape)
-    flat = index.flatten(1)[:, None].expand(-1, pixels.shape[1], -1)
-    return pixels.gather(2, flat).unflatten(2, index.shape[1:])
+def _weighted_sum(terms: list[Tensor], weights: list[Tensor]) -> Tensor:
+    total = terms[0] * weights[0]
+    for term, weight in zip(terms[1:], weights[1:], strict=True):
+        total = torch.addcmul(total, term, weight)
+    return total
 
 
 def _snap(pixels: Tensor, width: int) -> Tensor:
@@ -64,52 +69,51 @@ def _snap(pixels: Tensor, width: int) -> Tensor:
 
 
 class Resample(nn.Module):
-    """Fixed resampling ``(B, C, *source) -> (B, C, *target)``; make one with a ``..._to_...`` constructor.
+    """Fixed resampling ``(B, C, *source.shape) -> (B, C, *target.shape)``, made by one of its three constructors.
 
-    The tables are buffers that are not saved: they follow the module between devices and are rebuilt from the arguments.
+    Nothing of it is saved in checkpoints: the tables follow from the arguments.
     """
 
-    index: Tensor
-    weight: Tensor
-
-    def __init__(self, index: Tensor, weight: Tensor, source: tuple[int, ...], target: tuple[int, ...]) -> None:
+    def __init__(self, source: Domain, target: Domain, index: Tensor, weight: Tensor) -> None:
         super().__init__()
         self.source = source
         self.target = target
-        self.register_buffer("index", index, persistent=False)
-        self.register_buffer("weight", weight.to(torch.get_default_dtype()), persistent=False)
+        row = torch.arange(target.node_count)[:, None].expand_as(index)
+        self.interpolation = Interpolation(row, index, weight, (target.node_count, source.node_count))
 
     @classmethod
     def grid_to_points(cls, height: int, width: int, points: Tensor, mode: str = "bilinear") -> "Resample":
         """Read an equirectangular grid at points ``(N, 3)``: ``(B, C, height, width) -> (B, C, N)``."""
-        domain = SpherePoints(points)
-        pixels = _snap(directions_to_pixels(domain.directions(), height, width), width)
-        row, column, weight = grid_taps(pixels[:, 0], pixels[:, 1], height, width, mode)
-        return cls(row * width + column.remainder(width), weight, (height, width), domain.shape)
+        source, target = EquirectangularGrid(height, width), SpherePoints(points)
+        pixels = _snap(directions_to_pixels(target.directions(), height, width), width)
+        return cls(source, target, *grid_table(pixels, height, width, mode))
 
     @classmethod
     def points_to_grid(cls, points: Tensor, height: int, width: int, neighbours: int = 3) -> "Resample":
         """Interpolate points ``(N, 3)`` on an equirectangular grid: ``(B, C, N) -> (B, C, height, width)``."""
-        source, target = SpherePoints(points), EquirectangularGrid(height, width)
-        index, weight = points_taps(source.directions(), target.directions(), neighbours, source.spacing_rad)
-        return cls(index, weight, source.shape, target.shape)
+        return cls._from_points(SpherePoints(points), EquirectangularGrid(height, width), neighbours)
 
     @classmethod
     def points_to_points(cls, points: Tensor, targets: Tensor, neighbours: int = 3) -> "Resample":
-        """Interpolate points ``(N, 3)`` at others ``(M, 3)``: ``(B, C, N) -> (B, C, M)``."""
-        source, target = SpherePoints(points), SpherePoints(targets)
-        index, weight = points_taps(source.directions(), target.directions(), neighbours, source.spacing_rad)
-        return cls(index, weight, source.shape, target.shape)
+        """Interpolate points ``(N, 3)`` at others ``(M, 3)``: ``(B, C, N) -> (B, C, M)``.
+
+        ``neighbours`` 3 is linear in the triangle around, 1 the nearest point; 4 or more average, for pooling onto a coarser set.
+        """
+        return cls._from_points(SpherePoints(points), SpherePoints(targets), neighbours)
+
+    @classmethod
+    def _from_points(cls, source: SpherePoints, target: Domain, neighbours: int) -> "Resample":
+        return cls(source, target, *points_table(source.directions(), target.directions(), neighbours, source.spacing_rad))
 
     def extra_repr(self) -> str:
-        return f"{self.source} -> {self.target}, taps={self.index.shape[1]}"
+        return f"{self.source} -> {self.target}"
 
     def forward(self, values: Tensor) -> Tensor:
-        if values.shape[2:] != self.source:
-            raise InputError(
-                f"this Resample reads (B, C, {', '.join(map(str, self.source))}), got {tuple(values.shape)}; build another"
-            )
-        flat = values.flatten(2)
-        result = sum(flat.index_select(2, self.index[:, tap]) * self.weight[:, tap] for tap in range(self.index.shape[1]))
-        assert isinstance(result, Tensor)
-        return result.unflatten(2, self.target)
+        if values.shape[2:] != self.source.shape:
+            shape = ", ".join(map(str, self.source.shape))
+            raise InputError(f"this Resample reads (B, C, {shape}), got {tuple(values.shape)}; make one for that size")
+        table = values.flatten(2).transpose(1, 2)
+        result = torch.stack([self.interpolation(image) for image in table.unbind()])
+        # Signals on points keep their channels last in memory, as the next layer reads them; images go to planar convolutions.
+        result = result.transpose(1, 2)
+        return result.contiguous().unflatten(2, self.target.shape) if len(self.target.shape) == 2 else result

@@ -18,7 +18,8 @@ def rotate_equirectangular(image: Tensor, rotation: Tensor, mode: str = "bilinea
 
     Args:
         image: ``(B, C, H, W)``; differentiable.
-        rotation: ``(3, 3)`` for all, or ``(B, 3, 3)``; differentiable unless the mode is nearest. Its dtype sets the precision of the map.
+        rotation: ``(3, 3)`` for all, or ``(B, 3, 3)``; differentiable unless the mode is nearest. Its dtype sets the precision
+            of the coordinates.
         mode: ``nearest``, ``bilinear`` or ``bicubic``.
 
     Returns:
@@ -37,7 +38,8 @@ def rotate_equirectangular(image: Tensor, rotation: Tensor, mode: str = "bilinea
 def rotate_depth(depth: Tensor, mask: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate radial depth and its validity, so that what a hole holds never reaches a value.
 
-    Values are means of the valid pixels among the four neighbours, weighted bilinearly; a pixel is valid when these hold at least half of the weight.
+    A value is the mean of the valid pixels among its four neighbours, weighted bilinearly; it is valid itself when these hold at
+    least half of the weight.
 
     Args:
         depth: ``(B, 1, H, W)``; holes may hold anything, also nan and inf.
@@ -52,7 +54,7 @@ def rotate_depth(depth: Tensor, mask: Tensor, rotation: Tensor) -> tuple[Tensor,
     """
     if mask.dtype != torch.bool or mask.shape != depth.shape:
         raise InputError(
-            f"mask must be bool of shape {tuple(depth.shape)}, got {mask.dtype} of shape {tuple(mask.shape)}; (depth > 0) makes one"
+            f"mask must be bool of shape {tuple(depth.shape)}, got {mask.dtype} of shape {tuple(mask.shape)}; depth > 0 makes one"
         )
     filled = torch.where(mask, depth, 0.0)
     weighted, weight = rotate_equirectangular(torch.cat((filled, mask.to(depth.dtype)), dim=1), rotation).chunk(2, dim=1)
@@ -74,7 +76,7 @@ def rotation_from_up(up: Tensor) -> Tensor:
     x, y, z = torch.nn.functional.normalize(up, dim=-1).unbind(-1)
     is_axis = (x == 0) & (y == 0)
     square = (x * x + y * y).masked_fill(is_axis, 1.0)
-    # (1 - z) / (x^2 + y^2) is 1 / (1 + z), without the cancellation near -z; on the axis only (1 - z) y^2 = 1 - z is left, for -z.
+    # (1 - z) / (x^2 + y^2) equals 1 / (1 + z), without the cancellation near -z.
     factor = torch.where(z > 0, 1 / (1 + z.clamp(min=0)), (1 - z) / square)
     xx, xy, yy = factor * x * x, factor * x * y, torch.where(is_axis, 1 - z, factor * y * y)
     rows = (torch.stack((1 - xx, -xy, -x), -1), torch.stack((-xy, 1 - yy, -y), -1), torch.stack((x, y, z), -1))

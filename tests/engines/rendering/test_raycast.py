@@ -111,10 +111,10 @@ def test_below_the_camera_is_the_floor(distribution):
 
 @pytest.mark.parametrize("distribution", [TRAINING_ROOMS, HELD_OUT_ROOMS])
 def test_depths_stay_between_clearance_and_limit(distribution: RoomDistribution):
-    for seed in range(100):
+    for seed in range(60):
         depth = render_room(seed, 16, 32, distribution).depth_m
         assert depth.dtype == np.float32
-        assert 0.4 <= depth.min()
+        assert depth.min() >= 0.4
         assert depth.max() < 25.0
 
 

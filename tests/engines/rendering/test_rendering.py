@@ -100,6 +100,9 @@ def test_scenes_keep_to_their_distribution(distribution):
         shapes.add(scene.shape)
         assert low <= scene.piece_count / scene.free_area_m2 <= high
         assert {m.family for m in scene.materials} <= {*distribution.texture_families, *FIXTURES}
+        faces = [m for box in (*scene.solids, *(o.box for o in scene.openings)) for m in box.faces]
+        unmeasured = [scene.materials[faces[number - len(scene.planes)]].family for number in scene.unmeasured]
+        assert set(unmeasured) <= {"outdoors"}, "only window panes give a sensor nothing"
         for lamp in scene.lamps:
             distance = np.linalg.norm(np.subtract(lamp.position_m, scene.camera_m))
             assert distance >= (0.8 if lamp.axis is None else 0.4), "a light at the camera lets brightness reveal depth"
@@ -110,12 +113,13 @@ def test_scenes_keep_to_their_distribution(distribution):
 @pytest.mark.parametrize("distribution", BOTH)
 def test_brightness_does_not_reveal_depth(distribution):
     correlations = []
-    for seed in range(150):
+    for seed in range(100):
         room = render_room(seed, 16, 32, distribution)
         luminance = (room.image @ np.array([0.2126, 0.7152, 0.0722])).ravel()
         ranks = [np.argsort(np.argsort(field)) for field in (luminance, room.depth_m.ravel())]
         correlations.append(np.corrcoef(*ranks)[0, 1])
-    # A lamp at the camera gives -0.5 and below; single rooms scatter by about 0.3 either way.
+    # With the ceiling lamps moved to the camera the mean is -0.65 and the signs' mean -0.94, in both distributions.
+    # As it is, single rooms scatter by 0.35 either way, about -0.01 in training and -0.07 in held-out rooms (400 seeds).
     assert abs(np.mean(correlations)) < 0.12
     assert abs(np.mean(np.sign(correlations))) < 0.35
 
@@ -128,25 +132,26 @@ def raw(seed, height, distribution):
     return scene, 1.0 / inverse, surface
 
 
-@pytest.mark.parametrize("distribution", BOTH)
-def test_masks_say_what_a_sensor_misses_and_leave_depth_alone(distribution):
+def test_masks_say_what_a_sensor_misses_and_leave_depth_alone():
     seen = set()
-    for seed in range(60):
+    for seed, distribution in [(seed, distribution) for distribution in BOTH for seed in range(50)]:
         room = render_room(seed, 32, 64, distribution)
         scene, depth, surface = raw(seed, 32, distribution)
         photography = draw_photography(stream(seed, PHOTOGRAPHY_STREAM))
+        glass, far = np.isin(surface, scene.unmeasured), depth >= photography.range_m
         np.testing.assert_array_equal(room.depth_m, depth)
         assert 0.5 < room.mask.mean() <= 1.0
-        assert not room.mask[np.isin(surface, scene.unmeasured)].any()
-        assert not room.mask[depth >= photography.range_m].any()
-        assert room.mask[-1].any() == (photography.tripod == "none")
-        if photography.tripod == "none" and not scene.unmeasured and not photography.dropout and photography.range_m > 25.0:
-            assert room.mask.all()
-            seen.add("whole")
-        seen.add(photography.tripod)
-        seen.add("glass" if np.isin(surface, scene.unmeasured).any() else "")
-        seen.add("range" if (depth >= photography.range_m).any() else "")
-    assert {"whole", "none", "disc", "blur", "legs", "glass", "range"} <= seen
+        assert not room.mask[glass | far].any()
+        assert photography.dropout or room.mask[-1].all() == (photography.tripod == "none")
+        if photography.tripod == "none" and not photography.dropout:
+            np.testing.assert_array_equal(room.mask, ~(glass | far))
+        seen |= {
+            photography.tripod,
+            "glass" if glass.any() else "",
+            "range" if far.any() else "",
+            "all" if room.mask.all() else "",
+        }
+    assert {"none", "disc", "blur", "legs", "glass", "range", "all"} <= seen
 
 
 @pytest.mark.parametrize(

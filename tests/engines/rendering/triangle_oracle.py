@@ -1,8 +1,8 @@
 """The oracle of the ray caster: the same room as explicit triangles in float64, every ray against every triangle.
 
-It shares nothing with the engine's linear forms and windows: walls are the edges of the floor's outline (six for an L), ceilings are the
-rectangle clipped where one slope meets the other, boxes are twelve triangles, and an opening is a hole in its wall with five inner sides.
-Intersections are Moeller and Trumbore's.
+It shares nothing with the engine's linear forms and windows: walls are the edges of the floor's outline (six for an L),
+ceilings are the rectangle clipped where one slope meets the other, boxes are twelve triangles, and an opening is a hole in
+its wall with five inner sides. Intersections are Moeller and Trumbore's.
 """
 
 import numpy as np

@@ -15,7 +15,10 @@ def smooth(height: int, width: int) -> torch.Tensor:
     return torch.from_numpy(np.stack([x, y, z, x * y + 0.5 * z * z]))[None]
 
 
-@pytest.mark.parametrize(("source", "target"), [((64, 128), (32, 64)), ((32, 64), (64, 128)), ((48, 96), (32, 64)), ((100, 200), (64, 128)), ((64, 128), (64, 128))])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [((64, 128), (32, 64)), ((32, 64), (64, 128)), ((48, 96), (32, 64)), ((100, 200), (64, 128)), ((64, 128), (64, 128))],
+)
 def test_maps_smooth_functions_onto_themselves(source, target):
     resized = resize_equirectangular(smooth(*source), *target)
     # Linear interpolation errs by curvature x spacing^2 / 8; rows of the poles, where two longitudes meet, by no more.
