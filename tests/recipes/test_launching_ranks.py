@@ -45,9 +45,11 @@ def main(options, run, resume):
     print("ready", flush=True)
     if "--wait" in options:
         time.sleep(30)
-    if os.environ["RANK"] == "1":
-        raise KeyError("a defect of rank 1")
-    time.sleep(30)
+    if os.environ["RANK"] == "0":
+        time.sleep(30)
+    while not (run.path / "rank-0").exists():
+        time.sleep(0.01)
+    raise KeyError("a defect of rank 1")
 """
 
 

@@ -12,7 +12,9 @@ from lightning_plugins.engines.rendering.textures import FAMILIES
 
 SHAPES = ("box", "l_shaped", "sloped", "sloped_l_shaped")
 MAX_DEPTH_M = 25.0
+MIN_HEADROOM_M = 0.4
 MIN_CLEARANCE_M = 0.4
+WALL_MARGIN_M = 0.1  # curtains and frames stand out from the wall
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class RoomDistribution:
         width_m: shorter side of the floor.
         height_m: height of the room at its highest point.
         camera_height_m: height of the camera above the floor.
+        camera_clearance_m: least distance of the camera from walls and furniture: a tripod stands in the open.
         hall_share: share of rooms that are halls of up to 20 x 12 x 6 m, whatever the ranges above say.
         max_tilt_deg: half-angle of the cone that the camera's up direction is drawn from, evenly by solid angle; 180 is the
             whole sphere.
@@ -38,10 +41,11 @@ class RoomDistribution:
     shapes: tuple[str, ...]
     texture_families: tuple[str, ...]
     furniture_per_square_metre: tuple[float, float]
-    length_m: tuple[float, float] = (2.5, 12.0)
-    width_m: tuple[float, float] = (2.5, 8.0)
+    length_m: tuple[float, float] = (3.5, 12.0)
+    width_m: tuple[float, float] = (3.0, 8.0)
     height_m: tuple[float, float] = (2.2, 4.5)
-    camera_height_m: tuple[float, float] = (1.3, 1.7)
+    camera_height_m: tuple[float, float] = (1.4, 1.65)
+    camera_clearance_m: float = 0.9
     hall_share: float = 0.06
     max_tilt_deg: float = 0.0
 
@@ -53,10 +57,16 @@ class RoomDistribution:
         _range("width_m", self.width_m, 2.5, 12.0)
         _range("height_m", self.height_m, 2.0, 6.0)
         _range("camera_height_m", self.camera_height_m, 0.5, 2.5)
-        if self.camera_height_m[1] + MIN_CLEARANCE_M > self.height_m[0]:
+        if self.camera_height_m[1] + MIN_HEADROOM_M > self.height_m[0]:
             raise InputError(
                 f"camera_height_m reaches {self.camera_height_m[1]} m in rooms as low as {self.height_m[0]} m; "
-                f"leave {MIN_CLEARANCE_M} m above the camera: lower camera_height_m or raise height_m"
+                f"leave {MIN_HEADROOM_M} m above the camera: lower camera_height_m or raise height_m"
+            )
+        roomy = min(self.length_m[0], self.width_m[0]) / 2 - WALL_MARGIN_M
+        if not MIN_CLEARANCE_M <= self.camera_clearance_m < roomy:
+            raise InputError(
+                f"camera_clearance_m must be from {MIN_CLEARANCE_M} to less than {roomy:.2f} (half of the narrowest room, less "
+                f"{WALL_MARGIN_M} for what hangs on walls), got {self.camera_clearance_m}"
             )
         if not 0.0 <= self.hall_share <= 1.0:
             raise InputError(f"hall_share must be in [0, 1], got {self.hall_share}; 0.06 makes 6 % of the rooms halls")

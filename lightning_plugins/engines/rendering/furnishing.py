@@ -18,7 +18,6 @@ from lightning_plugins.engines.rendering.scene import Box
 Part = tuple[float, float, float, float, float, float, int]
 Draws = list[float]
 Extent = tuple[float, float, float, float]
-CAMERA_CLEARANCE_M = 0.45
 TRIES = 8
 
 
@@ -201,7 +200,7 @@ def _find(parts: list[Part], at_wall: bool, layout: Layout, tries: list[Draws], 
             x, y = ((x, 0.01 + half_y), (length - 0.01 - half_y, y), (x, width - 0.01 - half_y), (0.01 + half_y, y))[quarter]
         dx, dy = camera_x - x, camera_y - y
         gap_x, gap_y = abs(c * dx + s * dy) - half_x, abs(c * dy - s * dx) - half_y
-        if math.hypot(max(gap_x, 0.0), max(gap_y, 0.0)) < CAMERA_CLEARANCE_M:
+        if math.hypot(max(gap_x, 0.0), max(gap_y, 0.0)) < layout.clearance_m:
             continue
         x0, x1, y0, y1 = extent = (x - x_extent, x + x_extent, y - y_extent, y + y_extent)
         if any(x0 < right and left < x1 and y0 < far and near < y1 for left, right, near, far in obstacles):

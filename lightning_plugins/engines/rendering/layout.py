@@ -5,14 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lightning_plugins.engines.rendering.distribution import MIN_CLEARANCE_M, RoomDistribution
+from lightning_plugins.engines.rendering.distribution import MIN_HEADROOM_M, WALL_MARGIN_M, RoomDistribution
 from lightning_plugins.engines.rendering.scene import Box, Plane, Vector
 
 # Materials that every shell has, by number.
 FLOOR, WALL, CEILING, BASEBOARD, ACCENT = range(5)
 
 HALL_LENGTH_M, HALL_WIDTH_M, HALL_HEIGHT_M = (12.0, 20.0), (8.0, 12.0), (4.0, 6.0)
-MIN_STRIP_M = 1.3  # width of the arms of an L
 MIN_KNEE_M = 0.9  # height of the wall under a slope
 
 
@@ -24,6 +23,7 @@ class Layout:
         notch: the missing corner of an L, a solid from floor to above the ceiling.
         size_m: length (x), width (y) and greatest height.
         ceiling: rows ``(gradient_x, gradient_y, height)``; the ceiling is the least of these planes.
+        clearance_m: what the camera keeps from walls and furniture.
     """
 
     shape: str
@@ -34,6 +34,7 @@ class Layout:
     camera_m: Vector
     yaw_rad: float
     hall: bool
+    clearance_m: float
 
     def ceiling_height_m(self, x: float, y: float) -> float:
         """Return the height of the ceiling above a point of the floor."""
@@ -47,7 +48,7 @@ class Layout:
 
 
 def draw_layout(generator: np.random.Generator, distribution: RoomDistribution) -> Layout:
-    """Draw a shell and a place for the camera, at least 0.4 m from everything."""
+    """Draw a shell and a place for the camera, clear of walls and ceiling."""
     shape = distribution.shapes[int(generator.integers(len(distribution.shapes)))]
     hall = bool(generator.random() < distribution.hall_share)
     ranges = (
@@ -64,23 +65,27 @@ def draw_layout(generator: np.random.Generator, distribution: RoomDistribution) 
     if generator.random() < 0.5:
         length, width = width, length
     size = (length, width, height)
-    notch = _notch(generator, size) if shape.endswith("l_shaped") else None
+    margin = distribution.camera_clearance_m + WALL_MARGIN_M
+    notch = _notch(generator, size, 2 * margin + WALL_MARGIN_M) if shape.endswith("l_shaped") else None
     slope = generator.random(5)
     share = 1.0
     while True:
         ceiling = _ceiling(slope, size, share) if shape.startswith("sloped") else np.array([[0.0, 0.0, height]])
-        place = _place(generator, size, camera_height, ceiling, notch)
+        place = _place(generator, size, camera_height, ceiling, notch, margin)
         if place is not None:
             break
         share *= 0.7
     yaw = float(generator.uniform(0.0, 2.0 * np.pi))
-    return Layout(shape, _planes(size, ceiling), notch, size, ceiling, (*place, camera_height), yaw, hall)
+    return Layout(
+        shape, _planes(size, ceiling), notch, size, ceiling, (*place, camera_height), yaw, hall, distribution.camera_clearance_m
+    )
 
 
-def _notch(generator: np.random.Generator, size: Vector) -> Box:
+def _notch(generator: np.random.Generator, size: Vector, strip_m: float) -> Box:
+    """Return the missing corner of an L; both arms are at least ``strip_m`` wide, so that the camera has a place in each."""
     sides = []
     for axis in range(2):
-        longest = size[axis] - MIN_STRIP_M
+        longest = size[axis] - strip_m
         part = float(generator.uniform(0.25, 0.6)) * size[axis]
         side = min(part, longest)
         sides.append((side / 2, side / 2 if generator.random() < 0.5 else size[axis] - side / 2))
@@ -108,17 +113,21 @@ def _ceiling(draws: npt.NDArray[np.float64], size: Vector, share: float) -> npt.
 
 
 def _place(
-    generator: np.random.Generator, size: Vector, camera_height: float, ceiling: npt.NDArray[np.float64], notch: Box | None
+    generator: np.random.Generator,
+    size: Vector,
+    camera_height: float,
+    ceiling: npt.NDArray[np.float64],
+    notch: Box | None,
+    margin: float,
 ) -> tuple[float, float] | None:
     """Return a point of the floor plan with clearance on all sides, or None if none of 64 drawn ones has it.
 
     Of the first three such points the one nearest to the middle of the room, where tripods stand more often than along walls.
     """
-    margin = MIN_CLEARANCE_M + 0.1  # curtains and frames stand out from the wall
     points = generator.random((64, 2)) * (np.array(size[:2]) - 2 * margin) + margin
     slant = np.sqrt(1.0 + (ceiling[:, :2] ** 2).sum(axis=1))
     above = (points @ ceiling[:, :2].T + ceiling[:, 2] - camera_height) / slant
-    free = (above >= MIN_CLEARANCE_M).all(axis=1)
+    free = (above >= MIN_HEADROOM_M).all(axis=1)
     if notch is not None:
         outside = np.abs(points - np.array(notch.centre_m[:2])) - np.array(notch.half_m[:2])
         free &= (outside >= margin).any(axis=1)

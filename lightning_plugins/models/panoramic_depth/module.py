@@ -14,7 +14,7 @@ from lightning_plugins.models.panoramic_depth.checkpoint import load_module, sav
 from lightning_plugins.models.panoramic_depth.fusion import saturated_share
 from lightning_plugins.models.panoramic_depth.losses import DISTANCES, berhu, distillation
 from lightning_plugins.models.panoramic_depth.metrics import DepthMetrics
-from lightning_plugins.models.panoramic_depth.network import StudentNetwork, TeacherNetwork, normalize
+from lightning_plugins.models.panoramic_depth.network import StudentNetwork, TeacherNetwork
 
 WIDTHS = [16, 32, 48, 64, 96]
 
@@ -192,7 +192,7 @@ class PanoramicDepth(ModuleWithDepth):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         depth_m, mask = batch["depth"], batch["mask"]
-        pyramid = self.network.pyramid(normalize(batch["image"]))
+        pyramid = self.network.pyramid(batch["image"])
         depth_loss = berhu(self.network.decode(pyramid), depth_m, mask)
         self.log("train/depth_loss", depth_loss, prog_bar=True)
         if self._teacher is None:

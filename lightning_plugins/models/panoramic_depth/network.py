@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from lightning_plugins._support.errors import InputError
 from lightning_plugins._support.optional import require
-from lightning_plugins.engines.sphere import limit_longitude_band, wrap_convolutions
+from lightning_plugins.engines.sphere import limit_longitude_band, pixel_directions, wrap_convolutions
 from lightning_plugins.models.panoramic_depth.fusion import build_fusion
 from lightning_plugins.models.panoramic_depth.heads import build_head
 from lightning_plugins.models.panoramic_depth.sphere_branch import SphereBranch
 
 STRIDES = (2, 4, 8, 16, 32)
+IMAGE_CHANNELS = 4  # red, green, blue, height
 
 
 def block(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
@@ -91,7 +92,7 @@ class StudentNetwork(nn.Module):
         self.lateral = nn.ModuleList(
             nn.Conv2d(info["num_chs"], width, 1) for info, width in zip(self.grid_branch.feature_info, widths, strict=True)
         )
-        self.sphere_branch = SphereBranch(sphere_widths) if sphere_widths else None
+        self.sphere_branch = SphereBranch(IMAGE_CHANNELS, sphere_widths) if sphere_widths else None
         self.fusions = nn.ModuleList(build_fusion(fusion, width, s) for width, s in zip(widths[1:], sphere_widths, strict=False))
         self.decoder = Decoder(widths)
         self.head = build_head(head, max_depth_m)
@@ -99,6 +100,8 @@ class StudentNetwork(nn.Module):
 
     def pyramid(self, image: Tensor) -> list[Tensor]:
         """Return the fused features at strides 2 to 32, finest first, ``(B, widths[s], H / stride, W / stride)``."""
+        check_size(image)
+        image = with_height(image)
         features = [lateral(f) for lateral, f in zip(self.lateral, self.grid_branch(image), strict=True)]
         if self.sphere_branch is not None:
             for scale, (fuse, sphere) in enumerate(zip(self.fusions, self.sphere_branch(image), strict=True), start=1):
@@ -111,8 +114,7 @@ class StudentNetwork(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Return depth in metres ``(B, 1, H, W)`` of images ``(B, 3, H, W)`` in [0, 1]; H is half of W, W a multiple of 64."""
-        check_size(image)
-        return self.decode(self.pyramid(normalize(image)))
+        return self.decode(self.pyramid(image))
 
 
 class TeacherNetwork(nn.Module):
@@ -157,7 +159,7 @@ def build_backbone(name: str, options: dict[str, Any], pretrained: bool) -> nn.M
         near = timm.list_models(f"*{name[:6]}*")[:3] or ["resnet18", "mobilenetv3_small_100", "convnext_tiny"]
         raise InputError(f"backbone must be a model of timm, got {name!r}; near it are {', '.join(near)}")
     try:
-        backbone = timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+        backbone = timm.create_model(name, pretrained=pretrained, features_only=True, in_chans=IMAGE_CHANNELS, **options)
     except (TypeError, RuntimeError, AttributeError) as error:
         raise InputError(f"timm cannot build {name!r} with features_only and {options}: {error}; choose another backbone or option") from error
     strides = tuple(backbone.feature_info.reduction())
@@ -174,6 +176,11 @@ def check_size(image: Tensor) -> None:
         raise InputError(f"panoramas must be 2:1 and a multiple of 64 wide, got {width} x {height}; resize to {near} x {near // 2}")
 
 
-def normalize(image: Tensor) -> Tensor:
-    """Map [0, 1] to about [-2, 2], the range that backbones are initialized for."""
-    return (image - 0.5) * 4
+def with_height(image: Tensor) -> Tensor:
+    """Append a channel with the z of each pixel's direction, and map all from [0, 1] to about [-2, 2], as backbones expect.
+
+    How far below the horizon a piece of floor lies is what says how far away it is; a convolution alone does not know its row.
+    """
+    height, width = image.shape[-2:]
+    z = pixel_directions(height, width, dtype=image.dtype, device=image.device)[..., 2].expand(len(image), 1, height, width)
+    return torch.cat([(image - 0.5) * 4, 2 * z], dim=1)

@@ -22,13 +22,14 @@ class SphereBranch(nn.Module):
     The index tables belong to one image size and are made anew when another size comes; the weights fit every size.
 
     Args:
+        image_channels: channels of the image.
         widths: channels of each scale.
         rings: the kernel, as ``(points, radius in node spacings)``.
     """
 
-    def __init__(self, widths: tuple[int, ...], rings: tuple[tuple[int, float], ...] = ((6, 1.0),)) -> None:
+    def __init__(self, image_channels: int, widths: tuple[int, ...], rings: tuple[tuple[int, float], ...] = ((6, 1.0),)) -> None:
         super().__init__()
-        channels = (3, max(8, widths[0] // 2), *widths)
+        channels = (image_channels, max(8, widths[0] // 2), *widths)
         anywhere = SpherePoints(latitude_rings(4))
         self.convolutions = nn.ModuleList(
             SphericalConv2d(a, b, anywhere, rings=rings, bias=False) for a, b in zip(channels[:-1], channels[1:], strict=True)
@@ -61,7 +62,7 @@ class SphereBranch(nn.Module):
         return [2 ** (stage + 1) for stage in range(len(self.convolutions))]
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Return ``(B, widths[s], H / stride, W / stride)`` for strides 4, 8, 16 ... of an image ``(B, 3, H, W)``."""
+        """Return ``(B, widths[s], H / stride, W / stride)`` for strides 4, 8, 16 ... of an image ``(B, image_channels, H, W)``."""
         if tuple(image.shape[-2:]) != self.size:
             self.set_size(*image.shape[-2:])
         features = self._stage(0, self.to_sphere(F.avg_pool2d(image, 2)))

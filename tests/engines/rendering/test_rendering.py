@@ -113,13 +113,13 @@ def test_scenes_keep_to_their_distribution(distribution):
 @pytest.mark.parametrize("distribution", BOTH)
 def test_brightness_does_not_reveal_depth(distribution):
     correlations = []
-    for seed in range(100):
+    for seed in range(400):
         room = render_room(seed, 16, 32, distribution)
         luminance = (room.image @ np.array([0.2126, 0.7152, 0.0722])).ravel()
         ranks = [np.argsort(np.argsort(field)) for field in (luminance, room.depth_m.ravel())]
         correlations.append(np.corrcoef(*ranks)[0, 1])
     # With the ceiling lamps moved to the camera the mean is -0.65 and the signs' mean -0.94, in both distributions.
-    # As it is, single rooms scatter by 0.35 either way, about -0.01 in training and -0.07 in held-out rooms (400 seeds).
+    # As it is, single rooms scatter by 0.35 either way, -0.03 +- 0.02 in training and -0.11 +- 0.02 in held-out rooms.
     assert abs(np.mean(correlations)) < 0.12
     assert abs(np.mean(np.sign(correlations))) < 0.35
 

@@ -1,7 +1,7 @@
 """Oracles in numpy and float64: band-limited functions on the sphere in closed form, and a bilinear reading of one direction.
 
-A Legendre polynomial P_l(a . d) is a harmonic of degree l; its mean over a circle of radius rho about p is P_l(cos rho) P_l(a . p)
-(Funk and Hecke), so that filters of rings have exact answers.
+A Legendre polynomial P_l(a . d) is a harmonic of degree l; its mean over a circle of radius rho about p is
+P_l(cos rho) P_l(a . p) (Funk and Hecke), so that filters of rings have exact answers.
 """
 
 import numpy as np
@@ -46,8 +46,8 @@ class BandLimited:
 
 def ring_gains(degree, weights, radii):
     """Return the gain of each degree under ``sum_r weights[r] * mean over the circle of radii[r]``."""
-    eye = np.eye(degree + 1)
-    return np.array([sum(w * legval(np.cos(r), eye[l]) for w, r in zip(weights, radii, strict=True)) for l in range(degree + 1)])
+    polynomials = np.eye(degree + 1)
+    return sum(w * np.array([legval(np.cos(r), p) for p in polynomials]) for w, r in zip(weights, radii, strict=True))
 
 
 def read_bilinear(image, direction):

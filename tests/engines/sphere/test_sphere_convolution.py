@@ -2,6 +2,7 @@
 convex hull; the exact gains of a filter of rings on harmonics (Funk and Hecke); brute-force means over circles."""
 
 import copy
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from scipy.spatial import ConvexHull
 
 from lightning_plugins.engines.sphere import (
     EquirectangularGrid,
-    SphericalConv2d,
     SpherePoints,
+    SphericalConv2d,
     fibonacci_sphere,
     icosphere,
     pad_equirectangular,
@@ -35,7 +36,8 @@ def carried_points(node, rings, spacing):
     return points
 
 
-def read_triangle(values, points, hull, direction):
+def read_triangle(values, direction, points, hull):
+    """Interpolate one value in the facet of the hull that the direction's ray meets."""
     for corners in hull.simplices:
         amounts = np.linalg.solve(points[corners].T, direction)
         if (amounts >= -1e-9).all():
@@ -48,18 +50,16 @@ def reference(conv, image):
     domain = conv.domain
     nodes = domain.directions().numpy()
     if isinstance(domain, EquirectangularGrid):
-        planes = image.reshape(-1, *domain.shape)
-        read = lambda c, direction: read_bilinear(planes[c], direction)
+        read, source = read_bilinear, ()
+        image = image.reshape(-1, *domain.shape)
     else:
-        hull = ConvexHull(nodes)
-        read = lambda c, direction: read_triangle(image[c], nodes, hull, direction)
+        read, source = read_triangle, (nodes, ConvexHull(nodes))
     weight, bias = conv.weight.detach().numpy(), conv.bias.detach().numpy()
     result = np.empty((conv.out_channels, len(nodes)))
     ring_of = np.repeat(np.arange(len(conv.rings) + 1), [1, *(count for count, _ in conv.rings)])
     for n, node in enumerate(nodes):
-        samples = np.array(
-            [[read(c, p) for p in carried_points(node, conv.rings, domain.spacing_rad)] for c in range(conv.in_channels)]
-        )
+        places = carried_points(node, conv.rings, domain.spacing_rad)
+        samples = np.array([[read(channel, place, *source) for place in places] for channel in image])
         if conv.isotropic:
             samples = np.stack([samples[:, ring_of == ring].mean(axis=1) for ring in range(len(conv.rings) + 1)], axis=1)
         result[:, n] = np.einsum("oct,ct->o", weight, samples) + bias
@@ -121,7 +121,7 @@ def test_isotropic_filters_do_not_see_the_tilt(seed, weights):
     ico = [tilt_error(icosphere(level), seed, 0.25, weights) for level in (1, 2, 3, 4)]
     lattice = [tilt_error(fibonacci_sphere(count), seed, 0.25, weights) for count in (162, 642, 2562)]
     for errors in (ico, lattice):
-        assert all(fine < coarse for coarse, fine in zip(errors, errors[1:], strict=False))
+        assert all(fine < coarse for coarse, fine in pairwise(errors))
         assert errors[-1] < 0.02
 
 
@@ -279,7 +279,7 @@ def test_bad_input_is_refused():
         SphericalConv2d(2, 1, grid)(torch.zeros(1, 2, 8, 16))
     with pytest.raises(ValueError, match=r"reads \(B, 2, 4, 8\), got \(1, 3, 4, 8\)"):
         SphericalConv2d(2, 1, grid)(torch.zeros(1, 3, 4, 8))
-    with pytest.raises(ValueError, match="got 8 points at 5.0 node spacings, here 225.0 degrees"):
+    with pytest.raises(ValueError, match=r"got 8 points at 5\.0 node spacings, here 225\.0 degrees"):
         SphericalConv2d(1, 1, grid, ((8, 5.0),))
     with pytest.raises(ValueError, match="1 point or more"):
         SphericalConv2d(1, 1, grid, ((0, 1.0),))
