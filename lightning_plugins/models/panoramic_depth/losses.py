@@ -44,6 +44,17 @@ def berhu(prediction_m: Tensor, depth_m: Tensor, mask: Tensor, threshold: float 
     return masked_mean(loss, mask).mean()
 
 
+def berhu_log(prediction_m: Tensor, depth_m: Tensor, mask: Tensor) -> Tensor:
+    """Return the reverse Huber loss of the logarithms: 10 % too far costs the same near and far, as it does in AbsRel. A scalar.
+
+    Args:
+        prediction_m: as in ``berhu``, positive.
+        depth_m: as in ``berhu``, positive where valid.
+        mask: as in ``berhu``.
+    """
+    return berhu(prediction_m.clamp(min=0.01).log(), torch.where(mask, depth_m, 1.0).clamp(min=0.01).log(), mask)
+
+
 def l1_distance(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """Return the mean absolute difference of two feature maps ``(B, C, h, w)`` at valid pixels, a scalar."""
     return masked_mean((student - teacher).abs(), mask).mean()
@@ -69,6 +80,8 @@ def affinity_distance(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 
     return masked_mean((affinity(student) - affinity(teacher)).abs().unsqueeze(1), pairs.unsqueeze(1)).mean()
 
+
+DEPTH_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"berhu": berhu, "berhu_log": berhu_log}
 
 Distance = Callable[[Tensor, Tensor, Tensor], Tensor]
 DISTANCES: dict[str, Distance] = {"l1": l1_distance, "cosine": cosine_distance, "affinity": affinity_distance}

@@ -12,7 +12,7 @@ from lightning_plugins._support.errors import InputError, nearest
 from lightning_plugins.engines.sphere import resize_equirectangular
 from lightning_plugins.models.panoramic_depth.checkpoint import load_module, save_deployed
 from lightning_plugins.models.panoramic_depth.fusion import saturated_share
-from lightning_plugins.models.panoramic_depth.losses import DISTANCES, berhu, distillation
+from lightning_plugins.models.panoramic_depth.losses import DEPTH_LOSSES, DISTANCES, distillation
 from lightning_plugins.models.panoramic_depth.metrics import DepthMetrics
 from lightning_plugins.models.panoramic_depth.network import StudentNetwork, TeacherNetwork
 
@@ -24,12 +24,15 @@ class ModuleWithDepth(LightningModule):
 
     network: nn.Module
 
-    def __init__(self, learning_rate: float, weight_decay: float, preset: str) -> None:
+    def __init__(self, depth_loss: str, learning_rate: float, weight_decay: float, preset: str) -> None:
         super().__init__()
+        if depth_loss not in DEPTH_LOSSES:
+            raise InputError(f"depth_loss must name a loss of depth, got {depth_loss!r}; {nearest(depth_loss, DEPTH_LOSSES)}")
         if not learning_rate > 0:
             raise InputError(f"learning_rate must be greater than 0, got {learning_rate}; 0.002 suits the default model")
         if weight_decay < 0:
             raise InputError(f"weight_decay must be 0 or more, got {weight_decay}; 0.01 suits the default model")
+        self.depth_loss = DEPTH_LOSSES[depth_loss]
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.metrics = DepthMetrics(preset)
@@ -75,6 +78,7 @@ class DepthTeacher(ModuleWithDepth):
         widths: channels of the latent pyramid at strides 2, 4, 8, 16 and 32; the student's must be the same.
         head: depth head, ``exponential`` or ``sigmoid``.
         max_depth_m: range of the depth head in metres.
+        depth_loss: ``berhu`` (of metres, the paper's) or ``berhu_log`` (of their logarithms).
         learning_rate: peak of the one-cycle schedule of AdamW.
         weight_decay: of AdamW.
         preset: evaluation protocol of the validation metrics.
@@ -88,11 +92,12 @@ class DepthTeacher(ModuleWithDepth):
         widths: list[int] = WIDTHS,
         head: str = "exponential",
         max_depth_m: float = 10.0,
+        depth_loss: str = "berhu",
         learning_rate: float = 4e-3,
         weight_decay: float = 0.01,
         preset: str = "unifuse",
     ) -> None:
-        super().__init__(learning_rate, weight_decay, preset)
+        super().__init__(depth_loss, learning_rate, weight_decay, preset)
         self.save_hyperparameters()
         self.network = TeacherNetwork(check_widths(widths), head, max_depth_m)
 
@@ -104,7 +109,7 @@ class DepthTeacher(ModuleWithDepth):
         return self(batch["depth"], batch["mask"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = berhu(self.predict_depth(batch), batch["depth"], batch["mask"])
+        loss = self.depth_loss(self.predict_depth(batch), batch["depth"], batch["mask"])
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -128,6 +133,7 @@ class PanoramicDepth(ModuleWithDepth):
         distance: between the student's and the teacher's features: ``l1``, ``cosine`` or ``affinity``.
         distillation_weight: factor of that distance in the loss.
         decoder_from_teacher: start the decoder from the teacher's.
+        depth_loss: ``berhu`` (of metres, the paper's) or ``berhu_log`` (of their logarithms).
         learning_rate: peak of the one-cycle schedule of AdamW.
         weight_decay: of AdamW.
         preset: evaluation protocol of the validation metrics.
@@ -150,11 +156,12 @@ class PanoramicDepth(ModuleWithDepth):
         distance: str = "l1",
         distillation_weight: float = 1.0,
         decoder_from_teacher: bool = True,
+        depth_loss: str = "berhu",
         learning_rate: float = 2e-3,
         weight_decay: float = 0.01,
         preset: str = "unifuse",
     ) -> None:
-        super().__init__(learning_rate, weight_decay, preset)
+        super().__init__(depth_loss, learning_rate, weight_decay, preset)
         if distance not in DISTANCES:
             raise InputError(f"distance must name a distance of features, got {distance!r}; {nearest(distance, DISTANCES)}")
         if distillation_weight < 0:
@@ -193,7 +200,7 @@ class PanoramicDepth(ModuleWithDepth):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         depth_m, mask = batch["depth"], batch["mask"]
         pyramid = self.network.pyramid(batch["image"])
-        depth_loss = berhu(self.network.decode(pyramid), depth_m, mask)
+        depth_loss = self.depth_loss(self.network.decode(pyramid), depth_m, mask)
         self.log("train/depth_loss", depth_loss, prog_bar=True)
         if self._teacher is None:
             return depth_loss
