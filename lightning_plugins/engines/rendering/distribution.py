@@ -12,7 +12,7 @@ from lightning_plugins.engines.rendering.textures import FAMILIES
 
 SHAPES = ("box", "l_shaped", "sloped", "sloped_l_shaped")
 MAX_DEPTH_M = 25.0
-MIN_HEADROOM_M = 0.4
+MIN_HEADROOM_M = 0.7
 MIN_CLEARANCE_M = 0.4
 WALL_MARGIN_M = 0.1  # curtains and frames stand out from the wall
 
@@ -43,7 +43,7 @@ class RoomDistribution:
     furniture_per_square_metre: tuple[float, float]
     length_m: tuple[float, float] = (3.5, 12.0)
     width_m: tuple[float, float] = (3.0, 8.0)
-    height_m: tuple[float, float] = (2.2, 4.5)
+    height_m: tuple[float, float] = (2.4, 4.5)
     camera_height_m: tuple[float, float] = (1.4, 1.65)
     camera_clearance_m: float = 0.9
     hall_share: float = 0.06

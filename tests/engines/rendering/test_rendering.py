@@ -179,7 +179,7 @@ def test_a_bad_size_or_seed_is_refused(arguments, message):
         ({"length_m": (1.0, 5.0)}, r"2.5 <= low .* got \(1.0, 5.0\)"),
         ({"width_m": (3.0,)}, r"width_m must be \(low, high\)"),
         ({"height_m": (2.0, 9.0)}, "height_m must be"),
-        ({"camera_height_m": (1.3, 2.0)}, "leave 0.4 m above the camera"),
+        ({"camera_height_m": (1.3, 2.0)}, "leave 0.7 m above the camera"),
         ({"hall_share": 1.5}, r"hall_share must be in \[0, 1\], got 1.5"),
         ({"max_tilt_deg": -1.0}, r"max_tilt_deg must be in \[0, 180\], got -1.0"),
         ({"max_tilt_deg": float("nan")}, r"max_tilt_deg must be in \[0, 180\], got nan"),
