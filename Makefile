@@ -24,15 +24,19 @@ $(VENV)/installed: setup.py pyproject.toml constraints.txt
 demo: $(VENV)/installed
 	$(BIN)/lightning-plugins run panoramic_depth $(if $(IMAGE),--image $(IMAGE)) $(OPTIONS)
 
-# The whole suite under pytorch_lightning, then what knows Lightning once more under lightning.pytorch.
+# The tensors of the tests are small, and the ranks share the cores: threads would wait for each other.
+test test-slow test-oldest: export OMP_NUM_THREADS ?= 1
+
+# The whole suite under pytorch_lightning, then what knows Lightning once more under lightning.pytorch. TESTS may hold nothing
+# of the latter, and pytest exits with 5 where it selects nothing.
 test: $(VENV)/installed
 	LIGHTNING_PLUGINS_NAMESPACE=pytorch_lightning $(BIN)/python -m pytest $(TESTS) -m "$(LIGHT)"
-	LIGHTNING_PLUGINS_NAMESPACE=lightning.pytorch $(BIN)/python -m pytest $(TESTS) -m "adapter and $(LIGHT)"
+	LIGHTNING_PLUGINS_NAMESPACE=lightning.pytorch $(BIN)/python -m pytest $(TESTS) -m "adapter and $(LIGHT)" || [ $$? -eq 5 ]
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest $(TESTS) -m "slow"
 
-$(OLDEST)/installed: setup.py constraints-oldest.txt
+$(OLDEST)/installed: setup.py pyproject.toml constraints-oldest.txt
 	$(OLDEST_PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[all,test]'
 	@touch $@

@@ -1,4 +1,7 @@
-"""Metadata and extras of lightning_plugins; tool settings are in pyproject.toml, the tested versions in constraints.txt."""
+"""Metadata and extras of lightning_plugins; tool settings are in pyproject.toml.
+
+The lower bounds are what `make test-oldest` runs on (constraints-oldest.txt), the newest versions tested are in constraints.txt.
+"""
 
 from pathlib import Path
 
@@ -6,11 +9,11 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
-VISION = ["torchvision", "timm>=1.0.9", "opencv-python-headless"]
-CLI = ["jsonargparse[signatures]>=4.39", "rich", "click"]
-REPORT = ["matplotlib", "jinja2", "pillow"]
-WANDB = ["wandb"]
-TEST = ["pytest", "pytest-timeout", "hypothesis", "scipy", "psutil", "markdown-it-py", "pyyaml", "lightning", "setuptools"]
+VISION = ["torchvision>=0.21", "timm>=1.0.9", "opencv-python-headless>=4.10"]
+CLI = ["jsonargparse[signatures]>=4.39", "rich>=13.7", "click>=8.1"]
+REPORT = ["matplotlib>=3.8", "jinja2>=3.1", "pillow>=10.4"]
+WANDB = ["wandb>=0.19"]
+TEST = ["pytest", "pytest-timeout", "hypothesis", "scipy", "psutil", "markdown-it-py", "pyyaml", "lightning", "setuptools>=77"]
 LINT = ["ruff", "mypy", "import-linter", "types-PyYAML"]
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]
 
@@ -41,7 +44,7 @@ setup(
         # 2.6.2 and 2.6.3 were malicious releases (GHSA-w37p-236h-pfx3).
         "pytorch-lightning>=2.5.1,!=2.6.2,!=2.6.3,<3",
         "lightning-utilities",
-        "numpy",
+        "numpy>=1.26",
     ],
     extras_require={
         "vision": VISION,

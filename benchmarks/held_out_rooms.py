@@ -42,9 +42,8 @@ def main() -> None:
         name: lambda image, depth_m=torch.from_numpy(depth_m): depth_m.expand(len(image), 1, *depth_m.shape)
         for name, depth_m in trivial_predictors(known.depth_m, known.mask).items()
     }
-    rooms.setup("test")
     rows = distribution(rooms)
-    scores = [row for preset in PRESETS for row in score(predictors, rooms.test_dataloader(), preset)]
+    scores = [row for preset in PRESETS for row in score(predictors, rooms.evaluation_dataloader(), preset)]
     for row in rows:
         print(f"{row['property']:28} {row['training']!s:44} {row['held_out']}")
     for row in scores:

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_plugins._lightning import LightningDataModule
 from lightning_plugins._support.errors import InputError
-from lightning_plugins._support.images import check_panorama, find_panoramas, read_panorama, resize_panorama
+from lightning_plugins._support.images import check_panorama, find_panoramas, read_panorama
+from lightning_plugins.engines.sphere import resize_equirectangular
 
 
 class PanoramaImages(Dataset[dict[str, Any]]):
@@ -29,8 +30,9 @@ class PanoramaImages(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         photograph = read_panorama(self.paths[index])
-        resized = torch.from_numpy(resize_panorama(photograph, self.height, self.width).copy())
-        image: Tensor = resized.permute(2, 0, 1).contiguous().float() / 255
+        # Channel by channel: a large photograph takes four times its memory as floats.
+        channels = torch.from_numpy(photograph).permute(2, 0, 1)[:, None, None]
+        image: Tensor = torch.cat([resize_equirectangular(one.float() / 255, self.height, self.width)[0] for one in channels])
         original_size = torch.tensor(photograph.shape[:2])
         return {"image": image, "index": index, "path": str(self.paths[index]), "original_size": original_size}
 

@@ -1,5 +1,6 @@
 """Ray-cast rooms as a LightningDataModule: exact depth without a download, the same rooms for the same seed everywhere."""
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,34 @@ class EpochSampler(DistributedSampler[int]):
     Being a DistributedSampler, Lightning neither replaces nor wraps it, and calls ``set_epoch``.
     """
 
+    skip = 0  # items of the next epoch that were seen before a checkpoint was written
+
     def __iter__(self) -> Any:
-        return ((self.epoch, index) for index in super().__iter__())
+        skip, self.skip = self.skip, 0
+        return ((self.epoch, index) for index in islice(super().__iter__(), skip, None))
+
+
+class ResumableLoader(DataLoader[dict[str, Tensor]]):
+    """A DataLoader over an ``EpochSampler`` that can begin in the middle of an epoch."""
+
+    sampler: EpochSampler
+    batch_size: int
+
+    seen = 0  # batches of this epoch that were handed out
+
+    def __iter__(self) -> Any:
+        self.seen = self.sampler.skip // self.batch_size
+        for batch in super().__iter__():
+            self.seen += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return how many batches of the epoch are done; 0 after the last."""
+        return {"seen": self.seen % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next epoch begin after the batches that were seen."""
+        self.sampler.skip = state["seen"] * self.batch_size
 
 
 class RoomsDataset(Dataset[dict[str, Tensor]]):
@@ -132,6 +159,8 @@ class RenderedRooms(LightningDataModule):
         self.augment_seed = seed if augment else None
         self.cache = Path(cache) if cache is not None else None
         self.splits: dict[str, Rooms] = {}
+        self._train_loader: ResumableLoader | None = None
+        self._position: dict[str, int] | None = None
 
     def setup(self, stage: str | None = None) -> None:
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage or "", tuple(self.counts))
@@ -149,7 +178,21 @@ class RenderedRooms(LightningDataModule):
         return self.splits[split]
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        return self._loader("train", shuffle=True)
+        self._train_loader = self._loader("train", shuffle=True)
+        if self._position is not None:
+            self._train_loader.load_state_dict(self._position)
+            self._position = None
+        return self._train_loader
+
+    # Lightning restores a loader's own state too late where a schedule asks for the number of steps (seen in 2.6.6): the loader
+    # exists by then, and is not built again. The data module's state comes in time.
+    def state_dict(self) -> dict[str, int]:
+        """Return the position in the training epoch."""
+        return self._train_loader.state_dict() if self._train_loader else {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Let the next training epoch begin there."""
+        self._position = state_dict or None
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         return self._loader("val", shuffle=False)
@@ -157,11 +200,15 @@ class RenderedRooms(LightningDataModule):
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         return self._loader("test", shuffle=False)
 
-    def _loader(self, split: str, shuffle: bool) -> DataLoader[dict[str, Tensor]]:
+    def evaluation_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Return all test rooms in order, whole on every process: for scores that one process computes."""
+        return DataLoader(RoomsDataset(self.rooms("test")), batch_size=self.batch_size)
+
+    def _loader(self, split: str, shuffle: bool) -> ResumableLoader:
         dataset = RoomsDataset(self.rooms(split), self.augment_seed if split == "train" else None)
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = EpochSampler(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=self.seed)
-        return DataLoader(
+        return ResumableLoader(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,

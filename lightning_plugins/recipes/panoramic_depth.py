@@ -43,6 +43,7 @@ class CLI(RecipeCLI):
         parser.add_class_arguments(DepthTeacher, "teacher")
         for shared in ("widths", "head", "max_depth_m", "preset"):
             parser.link_arguments(f"model.{shared}", f"teacher.{shared}")
+        parser.link_arguments("data.height", "model.image_height")
         parser.add_argument("--teacher_epochs", type=int, default=4, help="epochs of the teacher")
         parser.add_argument("--image", type=str | None, default=None, help="a photograph, or a folder of them, to predict on")
         parser.add_argument("--ckpt", type=str | None, default=None, help="a student's checkpoint: skips the training")

@@ -36,6 +36,24 @@ def test_workers_load_the_same():
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_a_loader_goes_on_in_the_middle_of_an_epoch():
+    whole = [batch["index"].tolist() for batch in epoch_of(RenderedRooms(**SMALL), 3)]
+    first = RenderedRooms(**SMALL).train_dataloader()
+    first.sampler.set_epoch(3)
+    batches = iter(first)
+    next(batches), next(batches)
+    state = first.state_dict()
+    second = RenderedRooms(**SMALL).train_dataloader()
+    second.load_state_dict(state)
+    second.sampler.set_epoch(3)
+    assert [batch["index"].tolist() for batch in second] == whole[2:]
+    assert [batch["index"].tolist() for batch in second] == whole, "the epoch after that is whole again"
+
+
+def test_evaluation_sees_every_test_room_in_order():
+    assert torch.cat([batch["index"] for batch in RenderedRooms(**SMALL).evaluation_dataloader()]).tolist() == [0, 1, 2]
+
+
 def test_two_ranks_share_the_batches_of_one():
     rooms = RenderedRooms(**SMALL)
     sampler = rooms.train_dataloader().sampler

@@ -100,13 +100,18 @@ class SphericalConv2d(nn.Module):
             raise InputError(
                 f"this SphericalConv2d reads (B, {shape}), got {tuple(values.shape)}; with_domain() makes one for another size"
             )
-        kernel = self.weight.permute(2, 1, 0).flatten(0, 1)
+        # Conv2d refuses values of another precision than its weights; here the higher one computes, and the values' own is returned.
+        dtype = torch.promote_types(values.dtype, self.weight.dtype)
+        kernel = self.weight.permute(2, 1, 0).flatten(0, 1).to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
         table = values.flatten(2).transpose(1, 2).contiguous()
         # Image by image: what was read for one still lies in the cache when it is multiplied; for a batch it would not.
         results = []
         for image in table.unbind():
-            terms = self.interpolation(image).view(self.domain.node_count, -1)
-            results.append(terms @ kernel if self.bias is None else torch.addmm(self.bias, terms, kernel))
+            terms = self.interpolation(image).to(dtype).view(self.domain.node_count, -1)
+            results.append(terms @ kernel if bias is None else torch.addmm(bias, terms, kernel))
         result = torch.stack(results).transpose(1, 2)
+        if dtype != values.dtype:
+            result = result.to(values.dtype)
         # Signals on points keep their channels last in memory, as the next layer reads them; images go to planar convolutions.
         return result.contiguous().unflatten(2, self.domain.shape) if len(self.domain.shape) == 2 else result

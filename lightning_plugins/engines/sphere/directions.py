@@ -20,16 +20,15 @@ from torch import Tensor
 from lightning_plugins._support.errors import InputError
 
 
-def check_grid(height: int, width: int) -> None:
-    """Refuse sizes that no equirectangular grid has.
+def check_size(height: int, width: int) -> None:
+    """Refuse sizes that no equirectangular image has.
 
     Raises:
-        InputError: if a size is below 1 or the width is odd.
+        InputError: if a size is below 1.
     """
-    if height < 1 or width < 2 or width % 2:
+    if height < 1 or width < 1:
         raise InputError(
-            f"an equirectangular grid needs 1 row or more and an even number of columns (across a pole lies column u + W/2), "
-            f"got {height} x {width}; resize the image to an even width"
+            f"an equirectangular image needs 1 row and 1 column or more, got {height} x {width}; it is usually twice as wide as high"
         )
 
 
@@ -39,9 +38,9 @@ def pixel_directions(
     """Return the unit direction of every pixel centre, shape ``(height, width, 3)``.
 
     Raises:
-        InputError: if the height is below 1 or the width odd.
+        InputError: if a size is below 1.
     """
-    check_grid(height, width)
+    check_size(height, width)
     colatitude = (torch.arange(height, dtype=torch.float64, device=device) + 0.5) * (math.pi / height)
     longitude = ((torch.arange(width, dtype=torch.float64, device=device) + 0.5) / width - 0.5) * (2 * math.pi)
     sine = colatitude.sin()[:, None]
@@ -61,9 +60,9 @@ def directions_to_pixels(directions: Tensor, height: int, width: int) -> Tensor:
         directions: ``(..., 3)``, of any length but zero.
 
     Raises:
-        InputError: if the last axis is not 3, or the grid has no rows or an odd number of columns.
+        InputError: if the last axis is not 3, or a size is below 1.
     """
-    check_grid(height, width)
+    check_size(height, width)
     if directions.shape[-1] != 3:
         raise InputError(f"directions must have shape (..., 3), got {tuple(directions.shape)}; give x, y, z in the last axis")
     x, y, z = directions.unbind(-1)
@@ -81,9 +80,9 @@ def solid_angles(
     """Return the solid angle in steradians of one pixel in each row, shape ``(height,)``; ``width`` times their sum is 4 pi.
 
     Raises:
-        InputError: if the height is below 1 or the width odd.
+        InputError: if a size is below 1.
     """
-    check_grid(height, width)
+    check_size(height, width)
     centre = (torch.arange(height, dtype=torch.float64, device=device) + 0.5) * (math.pi / height)
     # cos(a - h) - cos(a + h) = 2 sin(a) sin(h): the same number without the cancellation near the poles.
     return (centre.sin() * (2 * math.sin(0.5 * math.pi / height) * 2 * math.pi / width)).to(dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins._support.errors import InputError
-from lightning_plugins.engines.sphere.directions import check_grid, pixel_directions
+from lightning_plugins.engines.sphere.directions import check_size, pixel_directions
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,12 @@ class EquirectangularGrid:
     width: int
 
     def __post_init__(self) -> None:
-        check_grid(self.height, self.width)
+        check_size(self.height, self.width)
+        if self.width % 2:
+            raise InputError(
+                f"an equirectangular grid needs an even number of columns (across a pole lies column u + W/2), "
+                f"got {self.height} x {self.width}; resize_equirectangular makes the width even"
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:

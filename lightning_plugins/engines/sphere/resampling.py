@@ -30,7 +30,7 @@ def sample_equirectangular(image: Tensor, directions: Tensor, mode: str = "bilin
         ``(B, C, N)`` or ``(B, C, H', W')``, in the image's dtype.
 
     Raises:
-        InputError: if a shape or the mode is none of these.
+        InputError: if a shape or the mode is none of these, W is odd, or integers are to be interpolated.
     """
     if image.ndim != 4:
         raise InputError(f"image must have shape (B, C, H, W), got {tuple(image.shape)}; add the missing axes with [None]")
@@ -40,6 +40,8 @@ def sample_equirectangular(image: Tensor, directions: Tensor, mode: str = "bilin
             f"directions must have shape (N, 3), (H, W, 3) or ({batch}, H, W, 3), got {tuple(directions.shape)}; "
             f"for a set of points per image give ({batch}, 1, N, 3)"
         )
+    if mode != "nearest" and not image.is_floating_point():
+        raise InputError(f"mode {mode} needs floating point values, got {image.dtype}; convert them with .float(), or take nearest")
     pixels = _snap(directions_to_pixels(directions, height, width), width)
     base, across, down = padded_taps(pixels, height, width, mode)
     source = pad_equirectangular(image, MARGINS[mode]).flatten(2)
@@ -71,7 +73,8 @@ def _snap(pixels: Tensor, width: int) -> Tensor:
 class Resample(nn.Module):
     """Fixed resampling ``(B, C, *source.shape) -> (B, C, *target.shape)``, made by one of its three constructors.
 
-    Nothing of it is saved in checkpoints: the tables follow from the arguments.
+    The result has the values' dtype; see ``Interpolation`` for the precision in between. Nothing of it is saved in checkpoints: the
+    tables follow from the arguments.
     """
 
     def __init__(self, source: Domain, target: Domain, index: Tensor, weight: Tensor) -> None:

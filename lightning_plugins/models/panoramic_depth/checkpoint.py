@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 
-from lightning_plugins._lightning import LIGHTNING_VERSION, LightningModule
 from lightning_plugins._support.atomic import atomic_write
 from lightning_plugins._support.errors import InputError
 
 # Where the weights started from is no property of the trained model.
 TRAINING_OPTIONS = ("teacher", "pretrained")
-ModuleType = TypeVar("ModuleType", bound=LightningModule)
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 
 def load_module(module_class: type[ModuleType], path: str | Path) -> ModuleType:
@@ -53,9 +53,19 @@ def model_options(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in hyper_parameters.items() if key not in TRAINING_OPTIONS and not key.startswith("_")}
 
 
-def save_deployed(module: LightningModule, path: str | Path, leave_out: tuple[str, ...]) -> None:
-    """Write a checkpoint without the tensors whose names start with one of ``leave_out``; whole or not at all."""
-    state = {key: value.detach().cpu() for key, value in module.state_dict().items() if not key.startswith(leave_out)}
-    content = {"state_dict": state, "hyper_parameters": model_options(module.hparams), "pytorch-lightning_version": LIGHTNING_VERSION}
+def save_deployed(state: Mapping[str, Tensor], hyper_parameters: Mapping[str, Any], lightning_version: str, path: str | Path) -> None:
+    """Write a checkpoint in Lightning's format; whole or not at all.
+
+    Args:
+        state: tensors by name.
+        hyper_parameters: the constructor's options; those of the training are left out.
+        lightning_version: what wrote it, for Lightning's own migration of old files.
+        path: the file.
+    """
+    content = {
+        "state_dict": {key: value.detach().cpu() for key, value in state.items()},
+        "hyper_parameters": model_options(hyper_parameters),
+        "pytorch-lightning_version": lightning_version,
+    }
     with atomic_write(path) as file:
         torch.save(content, file)

@@ -24,7 +24,8 @@ def score(predictors: Mapping[str, Predictor], batches: Iterable[dict[str, Tenso
     Raises:
         InputError: for an unknown preset.
     """
-    metrics = {name: DepthMetrics(preset) for name in predictors}
+    # Not synchronized: every image is scored here, whether or not other processes are still there.
+    metrics = {name: DepthMetrics(preset, sync_on_compute=False) for name in predictors}
     for batch in batches:
         for name, predict in predictors.items():
             metrics[name].update(predict(batch["image"]).cpu(), batch["depth"], batch["mask"])

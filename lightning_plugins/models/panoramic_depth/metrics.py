@@ -15,8 +15,8 @@ Presets, as their reference codes compute them:
 - ``spherical``  as ``aligned`` without alignment, each pixel weighted by its solid angle.
 """
 
-import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,8 +73,8 @@ def preset_named(name: str) -> Preset:
     return PRESETS[name]
 
 
-def image_metrics(prediction_m: Tensor, depth_m: Tensor, mask: Tensor, preset: Preset) -> Tensor:
-    """Return the seven metrics of one image, ``(7,)`` in the order of ``NAMES``; NaN if it has no valid pixel.
+def image_metrics(prediction_m: Tensor, depth_m: Tensor, mask: Tensor, preset: Preset) -> Tensor | None:
+    """Return the seven metrics of one image, ``(7,)`` in the order of ``NAMES``; None if it has no valid pixel.
 
     Args:
         prediction_m: ``(H, W)`` metres.
@@ -85,7 +85,7 @@ def image_metrics(prediction_m: Tensor, depth_m: Tensor, mask: Tensor, preset: P
     valid = mask & torch.isfinite(depth_m) & (depth_m > preset.above_m) & upper
     truth, guess = depth_m[valid].double(), prediction_m[valid].double()
     if not truth.numel():
-        return torch.full((len(NAMES),), math.nan, dtype=torch.float64, device=depth_m.device)
+        return None
     if preset.align:
         guess = guess * (truth.median() / guess.median())
     if preset.clamp_slip:
@@ -111,6 +111,7 @@ class DepthMetrics(Metric):
 
     Args:
         preset: a key of ``PRESETS``.
+        **options: of ``torchmetrics.Metric``, such as ``sync_on_compute``.
 
     Raises:
         InputError: for an unknown preset.
@@ -120,8 +121,8 @@ class DepthMetrics(Metric):
     total: Tensor
     images: Tensor
 
-    def __init__(self, preset: str = "unifuse") -> None:
-        super().__init__()
+    def __init__(self, preset: str = "unifuse", **options: Any) -> None:
+        super().__init__(**options)
         self.preset = preset_named(preset)
         self.add_state("total", torch.zeros(len(NAMES), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
@@ -129,8 +130,8 @@ class DepthMetrics(Metric):
     def update(self, prediction_m: Tensor, depth_m: Tensor, mask: Tensor) -> None:
         """Add a batch of depths and masks ``(B, 1, H, W)``; images without a valid pixel do not count."""
         for guess, truth, valid in zip(prediction_m[:, 0], depth_m[:, 0], mask[:, 0], strict=True):
-            figures = image_metrics(guess, truth, valid, self.preset)
-            if not figures.isnan().any():
+            # A prediction of NaN counts and spoils the mean, as it should; an image without truth has nothing to count.
+            if (figures := image_metrics(guess, truth, valid, self.preset)) is not None:
                 self.total += figures
                 self.images += 1
 

@@ -1,5 +1,6 @@
 """Panoramic depth as LightningModules: when what ``network``, ``losses`` and ``metrics`` compute is computed."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from lightning_plugins._lightning import LightningModule, built_for
+from lightning_plugins._lightning import LIGHTNING_VERSION, LightningModule, built_for
 from lightning_plugins._support.errors import InputError, nearest
 from lightning_plugins.engines.sphere import resize_equirectangular
 from lightning_plugins.models.panoramic_depth.checkpoint import load_module, save_deployed
@@ -59,12 +60,17 @@ class ModuleWithDepth(LightningModule):
 
         The file loads with ``load_from_checkpoint(path)`` of this class.
         """
-        save_deployed(self, path, leave_out=("adapters.", "metrics."))
+        state = {key: value for key, value in self.state_dict().items() if key.startswith("network.")}
+        save_deployed(state, self.hparams, LIGHTNING_VERSION, path)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = OneCycleLR(optimizer, max_lr=self.learning_rate, total_steps=steps, pct_start=0.2, div_factor=10)
+        steps = self.trainer.estimated_stepping_batches
+        if not 0 < steps < float("inf"):
+            raise InputError(
+                f"the learning rate's schedule needs a number of steps, and this Trainer has {steps}; give max_epochs or max_steps of 1 or more"
+            )
+        schedule = OneCycleLR(optimizer, max_lr=self.learning_rate, total_steps=int(steps), pct_start=0.2, div_factor=10)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -129,6 +135,7 @@ class PanoramicDepth(ModuleWithDepth):
         fusion: ``band_gated``, ``squeeze_excite`` or ``concat``.
         head: ``exponential`` or ``sigmoid``.
         max_depth_m: range of the depth head in metres.
+        image_height: rows of the images that it is trained on; photographs are resized to them.
         teacher: checkpoint of a trained ``DepthTeacher``; without one there is no distillation. Needed for training only.
         distance: between the student's and the teacher's features: ``l1``, ``cosine`` or ``affinity``.
         distillation_weight: factor of that distance in the loss.
@@ -152,6 +159,7 @@ class PanoramicDepth(ModuleWithDepth):
         fusion: str = "band_gated",
         head: str = "exponential",
         max_depth_m: float = 10.0,
+        image_height: int = 64,
         teacher: str | None = None,
         distance: str = "l1",
         distillation_weight: float = 1.0,
@@ -170,14 +178,14 @@ class PanoramicDepth(ModuleWithDepth):
         self.teacher_path = teacher if distillation_weight > 0 else None
         self.distance = DISTANCES[distance]
         self.network = StudentNetwork(
-            backbone, backbone_options, pretrained, check_widths(widths), tuple(sphere_widths), fusion, head, max_depth_m
+            backbone, backbone_options, pretrained, check_widths(widths), check_sphere_widths(sphere_widths), fusion, head, max_depth_m
         )
         self.adapters = nn.ModuleList(nn.Conv2d(width, width, 1) for width in widths) if self.teacher_path else None
         # In a tuple, so that torch does not register it: a frozen teacher belongs in no checkpoint and no optimizer.
         self._teacher: tuple[TeacherNetwork] | None = None
 
     def setup(self, stage: str) -> None:
-        if stage != "fit" or self.teacher_path is None:
+        if stage != "fit" or self.teacher_path is None or self._teacher is not None:
             return
         teacher = load_module(DepthTeacher, self.teacher_path).network.eval().requires_grad_(False)
         if (ours := self.hparams["widths"]) != (theirs := [step[0].out_channels for step in teacher.encoder]):
@@ -188,7 +196,7 @@ class PanoramicDepth(ModuleWithDepth):
 
     def on_fit_start(self) -> None:
         if self._teacher is not None:
-            self._teacher[0].to(self.device)
+            self._teacher[0].to(self.device, self.dtype)
 
     def forward(self, image: Tensor) -> Tensor:
         """Return depth in metres ``(B, 1, H, W)`` of images ``(B, 3, H, W)`` in [0, 1]."""
@@ -217,18 +225,28 @@ class PanoramicDepth(ModuleWithDepth):
             self.log("val/gates_saturated_share", saturated)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if (height := batch["image"].shape[-2]) != self.hparams["image_height"]:
+            warnings.warn(
+                f"PanoramicDepth was trained on images of {self.hparams['image_height']} rows and gets {height}; depths will be off",
+                stacklevel=2,
+            )
         return self.predict_depth(batch)
 
     @torch.no_grad()
-    def predict_panorama(self, image: Tensor, height: int = 64) -> Tensor:
-        """Return the depth in metres ``(H, W)`` of one photograph ``(3, H, W)`` in [0, 1], 2:1 and of any size.
+    def predict_panorama(self, image: Tensor) -> Tensor:
+        """Return the depth in metres ``(H, W)`` of one photograph ``(3, H, W)`` in [0, 1], of any size.
 
-        Args:
-            image: the photograph.
-            height: rows that the network sees; use the size it was trained on.
+        Raises:
+            InputError: if it is not a 2:1 image of floating point numbers.
         """
-        small = resize_equirectangular(image[None].to(self.device), height, 2 * height)
+        if image.ndim != 3 or len(image) != 3 or not image.is_floating_point() or abs(image.shape[2] - 2 * image.shape[1]) > 0.01 * image.shape[2]:
+            raise InputError(f"image must be (3, H, 2 H) of floats in [0, 1], got {tuple(image.shape)} of {image.dtype}; crop or pad to 2:1")
+        height = self.hparams["image_height"]
+        small = resize_equirectangular(image[None].to(self.device, self.dtype), height, 2 * height)
+        was_training = self.training
+        self.eval()  # batch norm must neither see nor learn from a photograph
         log_depth = self.network(small).log()
+        self.train(was_training)
         return resize_equirectangular(log_depth, *image.shape[-2:]).exp()[0, 0]
 
 
@@ -236,4 +254,11 @@ def check_widths(widths: list[int]) -> tuple[int, ...]:
     """Return the widths as a tuple, refusing what is not five positive channels."""
     if len(widths) != 5 or min(widths) < 1:
         raise InputError(f"widths must be five channel counts for strides 2 to 32, got {widths}; the default is {WIDTHS}")
+    return tuple(widths)
+
+
+def check_sphere_widths(widths: list[int]) -> tuple[int, ...]:
+    """Return the widths as a tuple, refusing more scales than can be fused, and empty ones."""
+    if len(widths) > 4 or any(width < 1 for width in widths):
+        raise InputError(f"sphere_widths must be up to four channel counts for strides 4, 8, 16, 32, got {widths}; [] leaves the branch out")
     return tuple(widths)

@@ -93,7 +93,7 @@ class StudentNetwork(nn.Module):
             nn.Conv2d(info["num_chs"], width, 1) for info, width in zip(self.grid_branch.feature_info, widths, strict=True)
         )
         self.sphere_branch = SphereBranch(IMAGE_CHANNELS, sphere_widths) if sphere_widths else None
-        self.fusions = nn.ModuleList(build_fusion(fusion, width, s) for width, s in zip(widths[1:], sphere_widths, strict=False))
+        self.fusions = nn.ModuleList(build_fusion(fusion, width, s) for width, s in zip(widths[1:], sphere_widths, strict=False))  # the coarsest has none
         self.decoder = Decoder(widths)
         self.head = build_head(head, max_depth_m)
         wrap_convolutions(self)

@@ -42,19 +42,19 @@ class SphereBranch(nn.Module):
 
     def set_size(self, height: int, width: int) -> None:
         """Make the tables for images of ``height`` x ``width``."""
-        device = self.convolutions[0].weight.device
+        weight = self.convolutions[0].weight
         turns = width // COARSEST_STRIDE
         scales = [SpherePoints(latitude_rings(height // stride, turns)) for stride in self.strides()]
-        self.convolutions = nn.ModuleList(c.with_domain(p) for c, p in zip(self.convolutions, scales, strict=True)).to(device)
-        self.to_sphere = Resample.grid_to_points(height // 2, width // 2, scales[0].directions()).to(device)
+        self.convolutions = nn.ModuleList(c.with_domain(p) for c, p in zip(self.convolutions, scales, strict=True)).to(weight.device, weight.dtype)
+        self.to_sphere = Resample.grid_to_points(height // 2, width // 2, scales[0].directions()).to(weight.device, weight.dtype)
         self.pools = nn.ModuleList(
             Resample.points_to_points(fine.directions(), coarse.directions())
             for fine, coarse in zip(scales[:-1], scales[1:], strict=True)
-        ).to(device)
+        ).to(weight.device, weight.dtype)
         self.to_grids = nn.ModuleList(
             Resample.points_to_grid(p.directions(), height // s, width // s)
             for p, s in zip(scales[1:], self.strides()[1:], strict=True)
-        ).to(device)
+        ).to(weight.device, weight.dtype)
         self.size = (height, width)
 
     def strides(self) -> list[int]:

@@ -10,7 +10,7 @@ from lightning_plugins.engines.sphere import directions_to_pixels, pixel_directi
 from tests.engines.sphere.fields import grid_directions
 
 
-@pytest.mark.parametrize(("height", "width"), [(4, 8), (5, 6), (64, 128)])
+@pytest.mark.parametrize(("height", "width"), [(4, 8), (5, 6), (3, 7), (64, 128)])
 def test_directions_follow_the_convention(height, width):
     np.testing.assert_allclose(pixel_directions(height, width, dtype=torch.float64), grid_directions(height, width), atol=1e-15)
 
@@ -49,7 +49,7 @@ def test_gradient_is_finite_at_the_poles_and_right_elsewhere():
     assert torch.autograd.gradcheck(lambda d: directions_to_pixels(d, 8, 16), elsewhere)
 
 
-@pytest.mark.parametrize(("height", "width"), [(2, 4), (64, 128), (513, 1024)])
+@pytest.mark.parametrize(("height", "width"), [(2, 4), (5, 9), (64, 128), (513, 1024)])
 def test_solid_angles_are_exact_and_sum_to_the_sphere(height, width):
     edges = np.cos(np.pi * np.arange(height + 1) / height)
     expected = (edges[:-1] - edges[1:]) * 2 * np.pi / width
@@ -59,9 +59,9 @@ def test_solid_angles_are_exact_and_sum_to_the_sphere(height, width):
 
 
 @pytest.mark.parametrize("function", [pixel_directions, solid_angles])
-@pytest.mark.parametrize(("height", "width"), [(0, 4), (4, 7), (4, 0)])
+@pytest.mark.parametrize(("height", "width"), [(0, 4), (4, 0)])
 def test_impossible_grids_are_refused(function, height, width):
-    with pytest.raises(ValueError, match=f"even number of columns.*got {height} x {width}"):
+    with pytest.raises(ValueError, match=f"1 row and 1 column or more, got {height} x {width}"):
         function(height, width)
 
 

@@ -120,19 +120,24 @@ def test_gradient_is_the_adjoint_also_twice():
     assert torch.autograd.gradgradcheck(lambda x: resample(x).pow(3), values)
 
 
-def test_no_buffer_is_made_per_call_and_none_is_saved():
-    resample = Resample.points_to_grid(fibonacci_sphere(30), 4, 8)
-    before = {name: buffer.data_ptr() for name, buffer in resample.named_buffers()}
-    resample(torch.randn(2, 3, 30, requires_grad=True)).sum().backward()
-    assert {name: buffer.data_ptr() for name, buffer in resample.named_buffers()} == before
-    assert len(before) == 6
-    assert not resample.state_dict()
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
+def test_a_float64_image_is_read_in_float64(mode):
+    """The module was made in float32; its tables are exact all the same."""
+    image, points = torch.randn(1, 2, 8, 16, dtype=torch.float64), torch.tensor(directions_everywhere(100))
+    resampled = Resample.grid_to_points(8, 16, points, mode=mode)(image)
+    assert resampled.dtype == torch.float64
+    torch.testing.assert_close(resampled, sample_equirectangular(image, points, mode), rtol=0, atol=1e-12)
+    if mode == "bilinear":
+        expected = [read_bilinear(image[0, 1].numpy(), d) for d in points.numpy()]
+        np.testing.assert_allclose(resampled[0, 1], expected, atol=1e-12)
 
 
-def test_half_precision_is_computed_in_the_precision_of_the_tables():
-    resample = Resample.points_to_grid(fibonacci_sphere(30), 4, 8)
-    values = torch.randn(1, 2, 30, dtype=torch.bfloat16)
-    torch.testing.assert_close(resample(values), resample(values.float()), rtol=0, atol=0)
+def test_to_the_grid_points_and_back_is_the_identity_in_float64():
+    points = pixel_directions(8, 16, dtype=torch.float64).view(-1, 3)
+    image = torch.randn(1, 2, 8, 16, dtype=torch.float64)
+    there = Resample.grid_to_points(8, 16, points)(image)
+    back = Resample.points_to_grid(points, 8, 16)(there)
+    assert (back - image).abs().max() < 1e-9
 
 
 def test_wrong_shapes_and_modes_are_refused():
@@ -145,3 +150,7 @@ def test_wrong_shapes_and_modes_are_refused():
         sample_equirectangular(image, torch.ones(3, 1, 5, 3))
     with pytest.raises(ValueError, match=r"reads \(B, C, 30\), got \(1, 1, 31\)"):
         Resample.points_to_grid(fibonacci_sphere(30), 4, 8)(torch.zeros(1, 1, 31))
+    with pytest.raises(ValueError, match="mode bilinear needs floating point values, got torch.uint8"):
+        sample_equirectangular(image.byte(), torch.ones(3, 3))
+    with pytest.raises(ValueError, match="must be even, got 7"):
+        sample_equirectangular(torch.zeros(1, 1, 4, 7), torch.ones(3, 3))

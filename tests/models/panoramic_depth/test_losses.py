@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from lightning_plugins.models.panoramic_depth.losses import DISTANCES, berhu, distillation
+from lightning_plugins.models.panoramic_depth.losses import DISTANCES, berhu, berhu_log, distillation
 
 
 def berhu_by_hand(prediction, depth, mask, threshold=0.2):
@@ -26,6 +26,14 @@ def depths():
 
 def test_berhu_equals_the_loop(depths):
     assert float(berhu(*depths)) == pytest.approx(berhu_by_hand(*depths), rel=1e-12)
+
+
+def test_berhu_log_is_berhu_of_logarithms(depths):
+    prediction, depth, mask = depths
+    prediction, depth = prediction + 0.1, depth + 0.1
+    logs = (torch.from_numpy(np.log(prediction.numpy())), torch.from_numpy(np.log(depth.numpy())), mask)
+    assert float(berhu_log(prediction, depth, mask)) == pytest.approx(berhu_by_hand(*logs), rel=1e-12)
+    assert torch.isfinite(berhu_log(prediction, torch.where(mask, depth, 0.0), mask))
 
 
 def test_batch_is_the_mean_of_its_shards(depths):

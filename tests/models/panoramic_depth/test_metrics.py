@@ -83,6 +83,13 @@ def test_is_the_mean_over_images_and_skips_empty_ones():
     assert int(metric.images) == 2
 
 
+def test_a_prediction_of_nan_is_not_passed_over():
+    metric = DepthMetrics("unifuse")
+    metric.update(torch.full((1, 1, 2, 2), math.nan), torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2, dtype=torch.bool))
+    assert int(metric.images) == 1
+    assert metric.compute()["mae"].isnan()
+
+
 def test_an_unknown_preset_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="got 'unifus'; did you mean unifuse"):
         DepthMetrics("unifus")

@@ -29,13 +29,13 @@ class Losses(Callback):
 
 
 class SaveAfter(Callback):
-    """Save a checkpoint after an epoch; never stop the training."""
+    """Save a checkpoint after a step; never stop the training."""
 
-    def __init__(self, epoch, path):
-        self.epoch, self.path = epoch, path
+    def __init__(self, step, path):
+        self.step, self.path = step, path
 
-    def on_train_epoch_end(self, trainer, pl_module):
-        if trainer.current_epoch == self.epoch:
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
             trainer.save_checkpoint(self.path)
 
 
@@ -99,14 +99,16 @@ def test_the_decoder_starts_from_the_teachers(teacher_file, tmp_path):
     assert all(torch.equal(value, theirs[name]) for name, value in module.network.decoder.state_dict().items())
 
 
-def test_resumes_bit_equal_from_a_mid_run_checkpoint(teacher_file, tmp_path):
+@pytest.mark.parametrize("step", [2, 3, 5], ids=["between epochs", "in an epoch", "in the last epoch"])
+def test_resumes_bit_equal_from_a_mid_run_checkpoint(step, teacher_file, tmp_path):
     whole, rest = Losses(), Losses()
     saved = tmp_path / "mid.ckpt"
     first = student(teacher_file)
-    trainer(tmp_path, max_epochs=3, callbacks=[whole, SaveAfter(0, saved)]).fit(first, tiny_rooms())
+    trainer(tmp_path, max_epochs=3, callbacks=[whole, SaveAfter(step, saved)]).fit(first, tiny_rooms())
     second = PanoramicDepth(**TINY, teacher=str(teacher_file))  # other weights: they must come from the file
     trainer(tmp_path, max_epochs=3, callbacks=[rest]).fit(second, tiny_rooms(), ckpt_path=saved)
-    assert rest.losses == whole.losses[2:]
+    assert len(whole.losses) == 6
+    assert rest.losses == whole.losses[step:]
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
 
@@ -133,12 +135,39 @@ def test_no_checkpoint_holds_the_teacher_and_the_deployed_file_only_the_model(te
     torch.testing.assert_close(loaded(image), module.eval()(image))
 
 
-def test_predicts_photographs_of_any_size(teacher_file):
-    module = student(None).eval()
-    depth_m = module.predict_panorama(torch.rand(3, 100, 200), height=32)
+def test_a_second_fit_goes_on_with_the_trained_decoder(teacher_file, tmp_path):
+    module = student(teacher_file)
+    trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(module, tiny_rooms())
+    trained = {name: value.clone() for name, value in module.network.decoder.state_dict().items()}
+    module.setup("fit")
+    assert all(torch.equal(value, trained[name]) for name, value in module.network.decoder.state_dict().items())
+
+
+def test_predicts_photographs_of_any_size():
+    module = student(None, image_height=32)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    depth_m = module.predict_panorama(torch.rand(3, 100, 200))
+    assert module.training
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items()), "it learned from a photograph"
     assert depth_m.shape == (100, 200)
     seam, inside = (depth_m[:, 0] - depth_m[:, -1]).abs().mean(), depth_m.diff(dim=1).abs().mean()
     assert seam < 2 * inside
+
+
+@pytest.mark.parametrize("image", [torch.rand(3, 64, 64), torch.rand(1, 64, 128), torch.zeros(3, 64, 128, dtype=torch.uint8)])
+def test_other_images_are_refused(image):
+    with pytest.raises(ValueError, match=r"image must be \(3, H, 2 H\) of floats in \[0, 1\], got"):
+        student(None).predict_panorama(image)
+
+
+def test_another_size_than_the_trained_one_is_said():
+    with pytest.warns(UserWarning, match="trained on images of 32 rows and gets 64"):
+        student(None, image_height=32).eval().predict_step({"image": torch.rand(1, 3, 64, 128)}, 0)
+
+
+def test_a_schedule_without_end_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="needs a number of steps, and this Trainer has inf; give max_epochs"):
+        trainer(tmp_path, max_epochs=-1, limit_val_batches=0).fit(student(None), tiny_rooms())
 
 
 def test_repr_says_which_lightning_it_was_built_for():
@@ -153,6 +182,9 @@ def test_repr_says_which_lightning_it_was_built_for():
         ({"distance": "l2"}, "distance must name a distance of features, got 'l2'; did you mean l1"),
         ({"distillation_weight": -0.5}, "distillation_weight must be 0 or more, got -0.5"),
         ({"widths": [1, 2, 3]}, r"five channel counts for strides 2 to 32, got \[1, 2, 3\]"),
+        ({"sphere_widths": [8, 8, 8, 8, 8]}, "sphere_widths must be up to four channel counts"),
+        ({"sphere_widths": [0]}, "sphere_widths must be up to four channel counts"),
+        ({"depth_loss": "l1"}, "depth_loss must name a loss of depth, got 'l1'"),
         ({"preset": "unifuze"}, "did you mean unifuse"),
     ],
 )

@@ -52,6 +52,13 @@ def test_the_weights_fit_every_image_size(image):
     assert not [key for key in network.state_dict() if "index" in key or "taps" in key]
 
 
+def test_computes_in_double_precision(image):
+    network = StudentNetwork(TINY).eval()
+    with torch.no_grad():
+        single = network(image)
+        torch.testing.assert_close(network.double()(image.double()).float(), single, rtol=1e-4, atol=1e-5)
+
+
 def test_a_nadir_has_one_depth(image):
     network = StudentNetwork(TINY).eval()
     with torch.no_grad():
