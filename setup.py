@@ -1,25 +1,40 @@
 """Metadata and extras of lightning_plugins; tool settings are in pyproject.toml.
 
-The lower bounds are what `make test-oldest` runs on (constraints-oldest.txt), the newest versions tested are in constraints.txt.
+The lower bounds are what `make test-oldest` runs on (constraints-oldest.txt); the newest versions tested are in constraints.txt.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+# Read, not imported: the package's dependencies may not be there yet.
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "lightning_plugins/__init__.py").read_text(encoding="utf-8"), re.MULTILINE
+)[1]
 
 VISION = ["torchvision>=0.21", "timm>=1.0.9", "opencv-python-headless>=4.10"]
 CLI = ["jsonargparse[signatures]>=4.39", "rich>=13.7", "click>=8.1"]
 REPORT = ["matplotlib>=3.8", "jinja2>=3.1", "pillow>=10.4"]
 WANDB = ["wandb>=0.19"]
-TEST = ["pytest", "pytest-timeout", "hypothesis", "scipy", "psutil", "markdown-it-py", "pyyaml", "lightning", "setuptools>=77"]
+TEST = [
+    "pytest>=8.2",
+    "pytest-timeout",
+    "hypothesis",
+    "scipy",
+    "psutil",
+    "markdown-it-py",
+    "pyyaml",
+    "lightning",
+    "setuptools>=77",
+]
 LINT = ["ruff", "mypy", "import-linter", "types-PyYAML"]
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]
 
 setup(
     name="lightning_plugins",
-    version="0.1.0",
+    version=VERSION,
     description="Ten papers' training systems as plugins for PyTorch Lightning",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -43,7 +58,7 @@ setup(
         "torch>=2.6",
         # 2.6.2 and 2.6.3 were malicious releases (GHSA-w37p-236h-pfx3).
         "pytorch-lightning>=2.5.1,!=2.6.2,!=2.6.3,<3",
-        "lightning-utilities",
+        "lightning-utilities>=0.10",
         "numpy>=1.26",
     ],
     extras_require={

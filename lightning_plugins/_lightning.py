@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from pytorch_lightning.loggers import CSVLogger as CSVLogger
     from pytorch_lightning.loggers import Logger as Logger
     from pytorch_lightning.loggers import WandbLogger as WandbLogger
+    from pytorch_lightning.plugins.io import TorchCheckpointIO as TorchCheckpointIO
 
     LIGHTNING_VERSION: str
 else:
@@ -53,6 +54,7 @@ else:
     CSVLogger = submodule("loggers").CSVLogger
     Logger = submodule("loggers").Logger
     WandbLogger = submodule("loggers").WandbLogger
+    TorchCheckpointIO = submodule("plugins.io").TorchCheckpointIO
 
     def __getattr__(name: str) -> object:
         # jsonargparse is an extra, and slow to import for those who only want an adapter.

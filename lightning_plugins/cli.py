@@ -2,22 +2,34 @@
 
 Neither torch nor Lightning is imported before something is run, so that the other words answer at once and work in a broken
 environment. Exit codes: 0; 2 for what the user can mend, with one sentence on the error stream; 1 for a defect, with its
-traceback; 130 and 143 after Ctrl-C and SIGTERM, with the line that resumes; a user's own script keeps its own.
+traceback, and from `doctor` if it found a trap; 130 and 143 after Ctrl-C and SIGTERM, with the line that resumes; a user's own script
+keeps its own.
 """
 
+import os
 import signal
 import sys
 import traceback
+import warnings
+from argparse import Namespace
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from lightning_plugins._support.atomic import remove_unfinished
 from lightning_plugins._support.catalogue import copy_recipe, describe, list_all
 from lightning_plugins._support.errors import InputError, RankError, as_input_error, causes, nearest, one_line
-from lightning_plugins._support.run_folder import RunFolder
-from lightning_plugins.recipes.launch_options import Parser, run_parser, several_machines, split_run, torchrun_options
+from lightning_plugins._support.run_folder import CONFIG_FILE, RunFolder
+from lightning_plugins.recipes.launch_options import (
+    Parser,
+    launch_words,
+    run_parser,
+    several_machines,
+    split_run,
+    torchrun_options,
+)
 
 RUN_FINISHED = "run"
 SDK = "lightning-sdk"
@@ -65,11 +77,10 @@ def _run(arguments: list[str]) -> int:
     from lightning_plugins.recipes.targets import choose_yaml_namespace, find_target
 
     if given.resume:
-        folder, target = _open_run(given.resume, word, options)
+        folder, target, options = _open_run(given.resume, word, options)
         if folder.is_finished(RUN_FINISHED):
             print(f"this run is finished; there is nothing to resume\n{folder.path}")
             return 0
-        options = folder.read()["options"]
     elif word is None:
         raise InputError(
             "lightning run needs a target: a recipe's name, or the path of a .yaml or .py; `lightning ls` lists the recipes"
@@ -81,26 +92,35 @@ def _run(arguments: list[str]) -> int:
 
         return run_script(target, options, launch, given.debug)
     if target.file:
-        choose_yaml_namespace(target.file, options)
+        choose_yaml_namespace(target.file, options, Path(target.given).parent)
     if any(option in ("-h", "--help") or option.startswith("--print_config") for option in options):
         return _show_help(target, options)
     if not given.resume:
         shared = given.rdzv_id if several_machines(given) else None
         folder = RunFolder.create(given.runs_dir, target.name, options, target=target.given, shared_name=shared)
-    return _run_in(folder, target, options, bool(given.resume), launch, given.debug)
+    return _run_in(folder, target, options, given, launch)
 
 
-def _open_run(path: str, word: str | None, options: list[str]) -> tuple[RunFolder, Any]:
-    """Return the folder and the target of a run to go on with."""
-    from lightning_plugins.recipes.targets import find_target
+def _open_run(path: str, word: str | None, options: list[str]) -> tuple[RunFolder, Any, list[str]]:
+    """Return folder, target and options of a run to go on with, and go to the directory that its options are relative to."""
+    from lightning_plugins.recipes.targets import find_target, resumed_target
 
     folder = RunFolder.open(path)
-    recorded = folder.read()["target"]
+    record = folder.read()
+    recorded = record["target"]
     if options:
         raise InputError(f"--resume goes on with the recorded options, but got {' '.join(options)} as well; leave them out")
     if word is not None and find_target(word).given != recorded:
         raise InputError(f"{folder.path} is a run of {recorded}, not of {word}; leave the target out")
-    return folder, find_target(recorded)
+    if Path(record["directory"]).is_dir():
+        os.chdir(record["directory"])
+    else:
+        warnings.warn(
+            f"the run was started in {record['directory']}, which is gone; relative paths are looked up here", stacklevel=2
+        )
+    remove_unfinished(folder.path)
+    target, holds_options = resumed_target(recorded, folder.path / CONFIG_FILE)
+    return folder, target, [] if holds_options else record["options"]
 
 
 def _show_help(target: Any, options: list[str]) -> int:
@@ -114,20 +134,20 @@ def _show_help(target: Any, options: list[str]) -> int:
     return 0
 
 
-def _run_in(folder: RunFolder, target: Any, options: list[str], resume: bool, launch: list[str], debug: bool) -> int:
+def _run_in(folder: RunFolder, target: Any, options: list[str], given: Namespace, launch: list[str]) -> int:
     """Run a recipe or YAML in its folder; print the folder last, or the line that resumes the run."""
     from lightning_plugins.recipes.launching import run_function
 
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        run_function(target, options, folder, resume, launch, debug)
+        run_function(target, options, folder, bool(given.resume), launch, given.debug)
     except BaseException as error:
         code = _signal_code(error)
         if code is None:
-            if not resume:
+            if not given.resume:
                 folder.discard_unused()
             raise
-        print(f"stopped; to go on: lightning run --resume {folder.path}", file=sys.stderr)
+        print(f"stopped; to go on: lightning run --resume {folder.path}{launch_words(given)}", file=sys.stderr)
         return code
     folder.finish(RUN_FINISHED)
     print(folder.path, flush=True)

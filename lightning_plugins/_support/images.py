@@ -14,8 +14,10 @@ size in the header is held against a cap before a pixel is decoded.
 Cost: one decoding; ``check_panorama`` decodes a JPEG at an eighth of its size, which still finds a file that was cut off.
 """
 
+import itertools
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,28 @@ def find_panoramas(path: str | Path, recursive: bool = False) -> list[Path]:
     if not found:
         raise InputError(f"the folder {path} holds no image; put images into it that end in {', '.join(SUFFIXES)}")
     return found
+
+
+def name_apart(paths: Iterable[Path]) -> dict[str, Path]:
+    """Name each file by its stem, in their order; where stems are the same, by stem and suffix: ``attic_jpg``, ``attic_png``.
+
+    Case does not tell two names apart, since it does not on every file system.
+    """
+    paths = list(paths)
+    stems = Counter(path.stem.lower() for path in paths)
+    names: dict[Path, str] = {}
+    taken: set[str] = set()
+    # What keeps its stem comes first, so that no other file takes that name away.
+    for path in sorted(paths, key=lambda path: stems[path.stem.lower()] > 1):
+        plain = path.stem if stems[path.stem.lower()] == 1 else f"{path.stem}_{path.suffix[1:]}"
+        names[path] = next(name for name in _numbered(plain) if name.lower() not in taken)
+        taken.add(names[path].lower())
+    return {names[path]: path for path in paths}
+
+
+def _numbered(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}_{number}" for number in itertools.count(2))
 
 
 def read_panorama(path: str | Path) -> NDArray[np.uint8]:

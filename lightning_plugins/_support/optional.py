@@ -11,7 +11,7 @@ EXTRAS = {
     "torchvision": "vision", "timm": "vision", "cv2": "vision",
     "PIL": "report", "matplotlib": "report", "jinja2": "report",
     "wandb": "wandb",
-    "jsonargparse": "cli", "rich": "cli", "click": "cli",
+    "jsonargparse": "cli", "yaml": "cli", "rich": "cli", "click": "cli",
     "deepspeed": "deepspeed",
 }  # fmt: skip
 

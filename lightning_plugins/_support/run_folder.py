@@ -1,6 +1,7 @@
 """The folder of one run, ``runs/<recipe>/<date-time>/``: made once by the launcher, found again by ``--resume``."""
 
 import json
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,14 +12,15 @@ from lightning_plugins._support.atomic import atomic_write
 from lightning_plugins._support.errors import InputError
 
 STATE_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
 
 
 @dataclass
 class RunFolder:
     """A run's folder and its record of finished phases.
 
-    ``run.json`` holds the recipe, the target as it was given, its options and the phases that are finished, so that
-    ``--resume`` goes on at the first unfinished one with the same options.
+    ``run.json`` holds the recipe, the target as it was given, its options, the working directory that they are relative to, and the
+    phases that are finished, so that ``--resume`` goes on at the first unfinished one with the same options.
     """
 
     path: Path
@@ -48,7 +50,7 @@ class RunFolder:
         """
         stamp = (now or datetime.now()).strftime("%Y-%m-%d_%H-%M-%S")
         parent = Path(root) / recipe
-        record = {"recipe": recipe, "target": target or recipe, "options": options, "finished": []}
+        record = {"recipe": recipe, "target": target or recipe, "options": options, "directory": os.getcwd(), "finished": []}
         try:
             parent.mkdir(parents=True, exist_ok=True)
             if shared_name is not None:
@@ -75,7 +77,7 @@ class RunFolder:
         path.mkdir(exist_ok=True)
         if not (path / STATE_FILE).exists():
             run._write(record)
-        elif run.read() != record:
+        elif {**run.read(), "directory": record["directory"]} != record:  # the same folder has other names on other machines
             raise InputError(
                 f"{path} is the folder of another run; give this one a --rdzv-id of its own, or go on with --resume {path}"
             )
@@ -95,14 +97,14 @@ class RunFolder:
             raise InputError(
                 f"--resume got {path}, which holds no readable {STATE_FILE}; give the run folder that the killed run printed"
             ) from error
-        if not isinstance(state, dict) or not {"recipe", "target", "options", "finished"} <= set(state):
+        if not isinstance(state, dict) or not {"recipe", "target", "options", "directory", "finished"} <= set(state):
             raise InputError(
                 f"{run.path / STATE_FILE} is not the record of a run; give the run folder that the killed run printed"
             )
         return run
 
     def read(self) -> dict[str, Any]:
-        """Return the record: ``recipe``, ``target``, ``options`` and ``finished``."""
+        """Return the record: ``recipe``, ``target``, ``options``, ``directory`` and ``finished``."""
         return json.loads((self.path / STATE_FILE).read_text(encoding="utf-8"))
 
     def is_finished(self, phase: str) -> bool:

@@ -10,18 +10,20 @@ import torch
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the checkpoint with the highest step under ``folder``, the younger file of two equals, or None if there is none.
 
-    A file that cannot be read (its writer was killed) is passed over with a warning. Tensors are mapped, not loaded, so the cost
-    is one small read a file.
+    A file that cannot be read (cut off by a full disk, say) is passed over with a warning, and another says which one is taken instead.
+    Tensors are mapped, not loaded, so the cost is one small read a file.
 
     Args:
         folder: a run folder.
     """
-    found = []
-    for path in folder.rglob("*.ckpt"):
-        step = _step(path)
-        if step is not None:
-            found.append((step, path.stat().st_mtime_ns, path))
-    return max(found)[2] if found else None
+    paths = list(folder.rglob("*.ckpt"))
+    found = [(step, path.stat().st_mtime_ns, path) for path in paths if (step := _step(path)) is not None]
+    if not found:
+        return None
+    step, _, newest = max(found)
+    if len(found) < len(paths):
+        warnings.warn(f"the run goes on from {newest}, at step {step}", stacklevel=2)
+    return newest
 
 
 def _step(path: Path) -> int | None:

@@ -96,6 +96,12 @@ def torchrun_options(given: argparse.Namespace) -> list[str]:
     return launch
 
 
+def launch_words(given: argparse.Namespace) -> str:
+    """Return the launch options as they were given, each after a space: what has to stand in the line that resumes the run."""
+    values = {flag: getattr(given, flag[2:].replace("-", "_")) for flag in LAUNCH_OPTIONS}
+    return "".join(f" {flag} {value}" for flag, value in values.items() if value is not None)
+
+
 def several_machines(given: argparse.Namespace) -> bool:
     """Tell whether more than one machine may take part."""
     return given.nnodes not in (None, "1")
@@ -114,6 +120,7 @@ def run_parser() -> Parser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of a refusal, and the agent's log")
     launch = parser.add_argument_group("launch", "handed to torchrun's elastic agent")
     types = {"--nproc-per-node": _processes, "--nnodes": _machines, "--max-restarts": _count, "--node-rank": _count}
+    types |= {"--master-port": _count, "--monitor-interval": _seconds}
     for flag, (metavar, text) in LAUNCH_OPTIONS.items():
         launch.add_argument(flag, metavar=metavar, help=text, type=types.get(flag, str))
     return parser
@@ -134,4 +141,10 @@ def _machines(text: str) -> str:
 def _count(text: str) -> str:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"got {text}, must be a number from 0")
+    return text
+
+
+def _seconds(text: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        raise argparse.ArgumentTypeError(f"got {text}, must be a number of seconds")
     return text

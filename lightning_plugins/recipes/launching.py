@@ -5,7 +5,6 @@ ranks of a recipe or a YAML are forked from a server that has Lightning imported
 about 5 s otherwise. A rank's exception comes back through the agent's error files; an `InputError` stays one sentence.
 """
 
-import json
 import logging
 import multiprocessing
 import os
@@ -19,19 +18,15 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
-from lightning_plugins._support.errors import InputError, RankError, as_input_error
+from lightning_plugins._support.errors import InputError, RankError, as_input_error, one_line
 from lightning_plugins._support.namespace import NAMESPACES, VARIABLE
 from lightning_plugins._support.run_folder import RunFolder
+from lightning_plugins.recipes import _seams
 from lightning_plugins.recipes.targets import Target, call_target
 from lightning_plugins.recipes.world_size import LAUNCHED
 
-# The loggers in which the agent repeats, at length, what the ranks have said themselves.
-_AGENT_LOGGERS = (
-    "torch.distributed.elastic.multiprocessing.api",
-    "torch.distributed.elastic.agent.server.api",
-    "torch.multiprocessing.spawn",
-)
 _YAML_MODULE = "lightning_plugins.recipes.lightning_cli"
+_MEETING_OPTIONS = ("--rdzv-endpoint=", "--master-addr=")
 
 
 def run_function(target: Target, options: list[str], folder: RunFolder, resume: bool, launch: list[str], debug: bool) -> None:
@@ -93,7 +88,11 @@ class _RankExit(Exception):
 
 
 def _rank(target: Target, options: list[str], folder: RunFolder, resume: bool) -> None:
-    """What every rank of a recipe or YAML does; a refusal is recorded by torch as what it is."""
+    """What every rank of a recipe or YAML does; a refusal is recorded by torch as what it is.
+
+    Ranks that the agent has started again go on where the dead ones had come to.
+    """
+    resume = resume or int(os.environ.get(_seams.RESTARTS_VARIABLE, "0")) > 0
     try:
         call_target(target, options, folder, resume)
     except Exception as error:
@@ -106,8 +105,7 @@ def _rank(target: Target, options: list[str], folder: RunFolder, resume: bool) -
 def _announce(launch: list[str]) -> None:
     """Set what ranks inherit: that they were launched, and their share of the cores (torchrun: one thread, and a banner)."""
     os.environ[LAUNCHED] = "1"
-    # Ranks that are started again would find the dead ones' addresses in a store shared with the agent (pytorch issue 135712).
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    os.environ.setdefault(_seams.SHARED_STORE_VARIABLE, "1")
     count = next((option.partition("=")[2] for option in launch if option.startswith("--nproc-per-node=")), "1")
     if count.isdigit():
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(count))))
@@ -118,15 +116,13 @@ def _run_agent(launch: list[str], debug: bool, entrypoint: Callable[..., None] |
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
-    from torch.distributed.run import config_from_args, get_args_parser
 
-    settings = get_args_parser().parse_args([*launch, "the target is given below"])
     try:
-        config = config_from_args(settings)[0]
-    except (ValueError, AssertionError) as error:
+        config = _seams.agent_configuration(launch)
+    except ValueError as error:
         raise InputError(f"the launch options {' '.join(launch)} are wrong: {error}") from error
     if not debug:
-        for name in _AGENT_LOGGERS:
+        for name in _seams.AGENT_LOGGERS:
             logging.getLogger(name).setLevel(logging.CRITICAL)
     with TemporaryDirectory(prefix="lightning-run-") as logs:
         config.start_method = "forkserver"
@@ -140,20 +136,22 @@ def _run_agent(launch: list[str], debug: bool, entrypoint: Callable[..., None] |
             if isinstance(entrypoint, str):
                 raise _RankExit(code if code >= 0 else 128 - code) from None
             _raise_of_ranks(Path(logs), failed)
+        except _seams.meeting_errors() as error:
+            where = next((option.partition("=")[2] for option in launch if option.startswith(_MEETING_OPTIONS)), "localhost")
+            raise InputError(
+                f"the processes cannot meet at {where}: {one_line(str(error))}; "
+                "give --rdzv-endpoint as HOST:PORT of a machine that runs and that all can reach, and --rdzv-backend as c10d or static"
+            ) from error
 
 
 def _raise_of_ranks(logs: Path, failed: Exception) -> None:
     """Raise the sentence of a rank that refused something, else the traceback of the first that failed, in the last attempt."""
-    messages = []
-    attempts = sorted(logs.glob("*/attempt_*"), key=lambda path: int(path.name.rpartition("_")[2]))
-    for file in sorted(attempts[-1].rglob("error.json"), key=lambda path: path.stat().st_mtime_ns):
-        message = json.loads(file.read_text(encoding="utf-8"))["message"]
-        messages.append(message if isinstance(message, dict) else {"message": message, "extraInfo": {"py_callstack": message}})
+    errors = list(_seams.rank_errors(logs))
     refusal = f"{InputError.__name__}: "
-    for message in messages:
-        if message["message"].startswith(refusal):
-            raise InputError(message["message"].removeprefix(refusal)) from RankError(message["extraInfo"]["py_callstack"])
-    raise RankError(messages[0]["extraInfo"]["py_callstack"] if messages else str(failed)) from None
+    for message, traceback in errors:
+        if message.startswith(refusal):
+            raise InputError(message.removeprefix(refusal)) from RankError(traceback)
+    raise RankError(errors[0][1] if errors else str(failed)) from None
 
 
 def _run_child(command: list[str]) -> int:

@@ -1,30 +1,40 @@
 """Lightning's own CLI for recipes and plain YAML files: into one run folder, on the launched ranks, with one-sentence refusals.
 
-``RecipeCLI`` differs from ``LightningCLI`` in four things: everything goes to the run folder (also the configuration, written
+``RecipeCLI`` differs from ``LightningCLI`` in six things: everything goes to the run folder (also the configuration, written
 whole and written again on resume), ``trainer.devices`` and ``num_nodes`` follow the launch, an option is never guessed from an
-abbreviation, and whatever the YAML got wrong is an `InputError` of one sentence instead of jsonargparse's nested report.
+abbreviation, whatever the YAML got wrong is an `InputError` of one sentence instead of jsonargparse's nested report, every Trainer
+gets instances of its own of all that is configured for it, and writes its checkpoints whole or not at all.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning_plugins._lightning import CSVLogger, LightningCLI, LightningModule, SaveConfigCallback, Trainer, submodule
+from lightning_plugins._lightning import (
+    CSVLogger,
+    LightningCLI,
+    LightningModule,
+    SaveConfigCallback,
+    TorchCheckpointIO,
+    Trainer,
+    submodule,
+)
 from lightning_plugins._support.atomic import atomic_write
-from lightning_plugins._support.errors import InputError, as_input_error, one_line
-from lightning_plugins._support.run_folder import RunFolder
+from lightning_plugins._support.errors import InputError
+from lightning_plugins._support.run_folder import CONFIG_FILE, RunFolder
+from lightning_plugins.recipes._seams import instantiate_key
 from lightning_plugins.recipes.checkpoints import last_checkpoint
-from lightning_plugins.recipes.yaml_errors import innermost, parsing_sentence
+from lightning_plugins.recipes.refusals import fit_refusals, refusals
+from lightning_plugins.recipes.yaml_errors import parsing_sentence
+from lightning_plugins.strategies.atomic_checkpoint import AtomicCheckpointIO
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Write ``config.yaml`` into the run folder, whole or not at all."""
+    """Write the whole configuration into the run folder, whole or not at all."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         text = self.parser.dump(self.config, skip_none=False)
-        with atomic_write(Path(trainer.default_root_dir) / "config.yaml", "w") as file:
+        with atomic_write(Path(trainer.default_root_dir) / CONFIG_FILE, "w") as file:
             file.write(text)
 
 
@@ -72,31 +82,31 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self.config["trainer"]["logger"] is None:
             kwargs.setdefault("logger", CSVLogger(self.folder.path, name="logs"))
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        plugins = self.config_init["trainer"]["plugins"] or []
+        configured = any(
+            isinstance(plugin, TorchCheckpointIO) for plugin in (plugins if isinstance(plugins, list) else [plugins])
+        )
+        # What the user configured, or a strategy that has its own way of writing, is left alone.
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO and not configured:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
 
+    def another_trainer(self, callbacks: list[Any], **settings: Any) -> Trainer:
+        """Return a Trainer as configured, sharing no callback, plugin or strategy with any other.
 
-@contextmanager
-def refusals(errors: tuple[type[Exception], ...] = (ValueError, TypeError)) -> Iterator[None]:
-    """Turn what a constructor or Lightning refuses into an `InputError` with the innermost cause's own words.
+        Args:
+            callbacks: further ones, after the user's own.
+            **settings: arguments of the Trainer that replace the configured ones.
 
-    Args:
-        errors: kinds of exception that mean a refusal; Lightning's ``MisconfigurationException`` always does.
-
-    Raises:
-        InputError: the refusal. Other exceptions pass unchanged: they are defects.
-    """
-    misconfiguration = submodule("utilities.exceptions").MisconfigurationException
-    try:
-        yield
-    except Exception as error:
-        if as_input_error(error) is not None:
-            raise
-        cause = innermost(error)
-        if isinstance(cause, misconfiguration):
-            raise InputError(f"Lightning refuses these settings: {one_line(str(cause))}; change them under trainer:") from error
-        if isinstance(cause, errors):
-            raise InputError(one_line(str(cause))) from error
-        raise
+        Raises:
+            InputError: if a constructor refuses its arguments.
+        """
+        with refusals():
+            fresh = instantiate_key(self.parser, self.config, "trainer")
+            own = fresh.callbacks if isinstance(fresh.callbacks, list) else [fresh.callbacks] if fresh.callbacks else []
+            self.config_init["trainer"] = fresh
+            return self.instantiate_trainer(callbacks=[*own, *callbacks], **settings)
 
 
 def launched_devices(devices: Any, num_nodes: int, environ: Any) -> tuple[Any, int]:
@@ -115,7 +125,10 @@ def launched_devices(devices: Any, num_nodes: int, environ: Any) -> tuple[Any, i
         return here, int(environ["WORLD_SIZE"]) // here
     if devices in ("auto", -1, "-1"):
         devices = 1
-    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
+    if isinstance(devices, str) and "," in devices:
+        count = len([device for device in devices.split(",") if device.strip()])
+    else:
+        count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
     if count * num_nodes > 1:
         raise InputError(
             f"trainer.devices is {devices} and trainer.num_nodes is {num_nodes}, but one process was launched; "
@@ -128,7 +141,7 @@ def run_yaml(path: Path, options: list[str], folder: RunFolder, resume: bool) ->
     """Fit what a YAML describes, then validate it if its data module has validation data.
 
     Args:
-        path: the YAML.
+        path: the YAML; on resume the run's own ``config.yaml``.
         options: further options, which win over the YAML.
         folder: the run folder.
         resume: go on from the newest checkpoint in the run folder, if there is one.
@@ -138,7 +151,7 @@ def run_yaml(path: Path, options: list[str], folder: RunFolder, resume: bool) ->
     """
     cli = RecipeCLI(folder, ["--config", str(path), *options])
     checkpoint = last_checkpoint(folder.path) if resume else None
-    with refusals(errors=()):
+    with fit_refusals(cli.trainer):
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
         is_overridden = submodule("utilities.model_helpers").is_overridden
         if cli.datamodule is not None and is_overridden("val_dataloader", cli.datamodule):

@@ -1,28 +1,34 @@
 """The recipe ``panoramic_depth``: teacher, student, evaluation beside two trivial predictors, photographs, report.
 
 Training phases are marked in the run folder when they are finished; ``--resume`` goes on at the first unfinished one, at its last
-finished epoch. The knobs are in ``panoramic_depth.yaml``.
+finished epoch. The first process alone evaluates and predicts. The knobs are in ``panoramic_depth.yaml``.
 """
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm.auto import tqdm
 
 from lightning_plugins import DepthTeacher, PanoramaReport, PanoramicDepth, RenderedRooms
 from lightning_plugins._lightning import ModelCheckpoint, seed_everything
 from lightning_plugins._support.errors import InputError
-from lightning_plugins._support.images import check_panorama, find_panoramas, read_panorama
+from lightning_plugins._support.images import check_panorama, find_panoramas, name_apart, read_panorama
 from lightning_plugins._support.run_folder import RunFolder
 from lightning_plugins.engines.sphere import pixel_directions
 from lightning_plugins.models.panoramic_depth.baselines import trivial_predictors
 from lightning_plugins.models.panoramic_depth.checkpoint import load_module
 from lightning_plugins.models.panoramic_depth.evaluation import Predictor, score
 from lightning_plugins.models.panoramic_depth.module import ModuleWithDepth
+from lightning_plugins.recipes.checkpoints import last_checkpoint
 from lightning_plugins.recipes.lightning_cli import RecipeCLI
+from lightning_plugins.recipes.refusals import fit_refusals
 from lightning_plugins.recipes.run_loggers import RunLoggers
 from lightning_plugins.recipes.targets import shipped_yaml
+from lightning_plugins.recipes.turns import waiting_for_first
 from lightning_plugins.reporting.figures import curves
 from lightning_plugins.reporting.photographs import write_photograph
 from lightning_plugins.reporting.report import Figure, Table, Text, write_report
@@ -52,7 +58,10 @@ class CLI(RecipeCLI):
 
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
-        self.config["model"]["teacher"] = str(self.folder.path / "teacher.ckpt")
+        model, own = self.config["model"], str(self.folder.path / "teacher.ckpt")
+        # A resumed run finds its own teacher in the configuration that it saved.
+        self.makes_teacher = model["teacher"] in (None, own)
+        model["teacher"] = model["teacher"] or own
 
 
 def main(options: list[str], run: RunFolder, resume: bool) -> None:
@@ -60,64 +69,93 @@ def main(options: list[str], run: RunFolder, resume: bool) -> None:
     cli = CLI(run, options)
     knobs, finished = cli.config, run.read()["finished"]
     # What a user can have got wrong is looked at before the first minute of training.
-    photographs = find_panoramas(knobs.image) if knobs.image else []
-    for path in photographs:
+    photographs = name_apart(find_panoramas(knobs.image)) if knobs.image else {}
+    for path in photographs.values():
         check_panorama(path)
-    if knobs.teacher_epochs < 1:
-        raise InputError(f"teacher_epochs must be 1 or more, got {knobs.teacher_epochs}; to do without: --model.distillation_weight 0")
     trained = load_module(PanoramicDepth, knobs.ckpt) if knobs.ckpt else None
+    check_options(cli, options)
     loggers = RunLoggers(run, knobs.wandb)
 
     if trained is None:
-        if cli.model.teacher_path and "teacher" not in finished:
+        if cli.makes_teacher and cli.model.teacher_path and "teacher" not in finished:
             fit(cli, run, "teacher", cli.config_init.teacher, knobs.teacher_epochs, loggers, callbacks=[])
         if "student" not in finished:
             epochs = knobs.trainer.max_epochs
             pictures = PanoramaReport(samples=SHOWN_ROOMS, every_n_epochs=max(1, (epochs or 2) // 2))
             fit(cli, run, "student", cli.model, epochs, loggers, callbacks=[pictures])
         trained = load_module(PanoramicDepth, run.path / "student.ckpt")
-    if not cli.trainer.is_global_zero:
-        return
 
-    trained.to(cli.trainer.strategy.root_device)
-    scores = evaluate(trained, cli.datamodule, run)
-    images = {path.stem: read_panorama(path) for path in photographs} or shown_rooms(cli.datamodule)
-    previews = {name: predict(trained, name, image, run) for name, image in images.items()}
-    report(run, scores, loggers.merge(["teacher", "student"]), previews)
-    loggers.show(scores, previews if knobs.wandb_photographs or not photographs else {})
+    with waiting_for_first(cli.trainer.is_global_zero) as is_first:
+        if is_first:
+            trained.to(cli.trainer.strategy.root_device)
+            scores = evaluate(trained, cli.datamodule, run, knobs.model.preset)
+            shown = tqdm(
+                images(photographs, cli.datamodule), "Predicting", len(photographs) or SHOWN_ROOMS, unit="image", leave=False
+            )
+            previews = {name: predict(trained, name, image, run) for name, image in shown}
+            report(run, scores, loggers.merge(["teacher", "student"]), previews)
+            loggers.show(scores, previews if knobs.wandb_photographs or not photographs else {})
 
 
-def fit(cli: CLI, run: RunFolder, phase: str, module: ModuleWithDepth, epochs: int, loggers: RunLoggers, callbacks: list[Any]) -> None:
+def check_options(cli: CLI, options: list[str]) -> None:
+    """Refuse numbers without a training, a teacher that cannot be read, and options that cannot act beside a checkpoint."""
+    knobs, names = cli.config, [option.partition("=")[0] for option in options if option.startswith("--")]
+    of_teacher = [name for name in names if name.startswith("--teacher")]
+    of_model = [name for name in names if name.startswith("--model") and name != "--model.preset"]
+    if knobs.ckpt and (idle := of_model + of_teacher):
+        raise InputError(f"{idle[0]} cannot act beside --ckpt, which brings a trained model; leave one of the two out")
+    if not cli.makes_teacher:
+        load_module(DepthTeacher, knobs.model.teacher)
+        if idle := of_teacher or ["--model.teacher"] * (cli.model.teacher_path is None):
+            raise InputError(
+                f"{idle[0]} cannot act: --model.teacher trains no teacher, and weight 0 of the distillation needs none"
+            )
+    if knobs.teacher_epochs < 1:
+        raise InputError(
+            f"teacher_epochs must be 1 or more, got {knobs.teacher_epochs}; to do without: --model.distillation_weight 0"
+        )
+    if knobs.trainer.max_epochs is not None and knobs.trainer.max_epochs < 1:
+        raise InputError(f"trainer.max_epochs must be 1 or more, got {knobs.trainer.max_epochs}; to train nothing: --ckpt FILE")
+    if knobs.trainer.max_steps < 1 and knobs.trainer.max_steps != -1:
+        raise InputError(f"trainer.max_steps must be 1 or more, got {knobs.trainer.max_steps}; -1 is no limit but the epochs")
+
+
+def fit(
+    cli: CLI, run: RunFolder, phase: str, module: ModuleWithDepth, epochs: int, loggers: RunLoggers, callbacks: list[Any]
+) -> None:
     """Train one phase, from its last finished epoch if there is one, and write ``<phase>.ckpt``."""
     folder = run.path / "checkpoints" / phase
-    keep_last = ModelCheckpoint(folder, filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
-    own = cli.config_init.trainer.callbacks or []
-    trainer = cli.instantiate_trainer(max_epochs=epochs, logger=loggers.of_phase(phase), callbacks=[*own, *callbacks, keep_last])
+    # The two newest, so that one is left if a failing disk has damaged the other.
+    newest = {"filename": "{epoch}", "monitor": "step", "mode": "max", "save_top_k": 2, "enable_version_counter": False}
+    keep = ModelCheckpoint(folder, save_on_train_epoch_end=True, **newest)
+    trainer = cli.another_trainer([*callbacks, keep], max_epochs=epochs, logger=loggers.of_phase(phase))
     seed_everything(cli.config.seed_everything, workers=True, verbose=False)
-    last = folder / "last.ckpt"
-    trainer.fit(module, cli.datamodule, ckpt_path=str(last) if last.exists() else None)
+    with fit_refusals(trainer):
+        trainer.fit(module, cli.datamodule, ckpt_path=last_checkpoint(folder))
     if trainer.is_global_zero:
         module.deploy(run.path / f"{phase}.ckpt")
         run.finish(phase)
     trainer.strategy.barrier()
 
 
-def evaluate(student: PanoramicDepth, rooms: RenderedRooms, run: RunFolder) -> list[dict[str, Any]]:
+def evaluate(student: PanoramicDepth, rooms: RenderedRooms, run: RunFolder, preset: str) -> list[dict[str, Any]]:
     """Score the student and the trivial predictors on the held-out rooms; write ``evaluation.csv``."""
     known = rooms.rooms("train")
     predictors: dict[str, Predictor] = {"student": lambda image: student(image.to(student.device))}
     for name, depth_m in trivial_predictors(known.depth_m, known.mask).items():
         constant = torch.from_numpy(depth_m)
         predictors[name] = lambda image, constant=constant: constant.expand(len(image), 1, *constant.shape)
-    rooms.setup("test")
-    scores = score(predictors, rooms.test_dataloader(), student.hparams["preset"])
+    scores = score(predictors, tqdm(rooms.evaluation_dataloader(), "Scoring", unit="batch", leave=False), preset)
     write_table(run.path / "evaluation.csv", scores)
     return scores
 
 
-def shown_rooms(rooms: RenderedRooms) -> dict[str, NDArray[np.uint8]]:
-    """Return some held-out rooms by name, as if they were photographs."""
-    return {f"room_{i}": image for i, image in enumerate(rooms.rooms("test").image[:SHOWN_ROOMS])}
+def images(photographs: dict[str, Path], rooms: RenderedRooms) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    """Yield name and pixels of one photograph after the other; without any, of some held-out rooms, as if they were photographs."""
+    for name, path in photographs.items():
+        yield name, read_panorama(path)
+    if not photographs:
+        yield from ((f"room_{i}", image) for i, image in enumerate(rooms.rooms("test").image[:SHOWN_ROOMS]))
 
 
 def predict(student: PanoramicDepth, name: str, image: NDArray[np.uint8], run: RunFolder) -> bytes:
@@ -130,8 +168,13 @@ def predict(student: PanoramicDepth, name: str, image: NDArray[np.uint8], run: R
 def report(run: RunFolder, scores: list[dict[str, Any]], metrics: list[dict[str, str]], previews: dict[str, bytes]) -> None:
     """Write ``report.html``: scores, curves, held-out rooms with their errors, photographs."""
     student, best = scores[0]["abs_rel"], min(row["abs_rel"] for row in scores[1:])
-    summary = f"AbsRel {student:.3f} on {scores[0]['images']} held-out rooms; the best predictor that sees no image has {best:.3f}."
-    sections = [Text([summary]), Table(scores, heading="Held-out rooms", caption=f"Protocol: {scores[0]['preset']}. Depths in metres.")]
+    summary = (
+        f"AbsRel {student:.3f} on {scores[0]['images']} held-out rooms; the best predictor that sees no image has {best:.3f}."
+    )
+    sections = [
+        Text([summary]),
+        Table(scores, heading="Held-out rooms", caption=f"Protocol: {scores[0]['preset']}. Depths in metres."),
+    ]
     if picture := curves(metrics):
         sections.append(Figure(picture, "Losses and errors against steps.", heading="Curves"))
     for path in sorted((run.path / "previews").glob("*.png"))[-SHOWN_ROOMS:]:

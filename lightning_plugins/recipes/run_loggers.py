@@ -28,7 +28,10 @@ class RunLoggers:
         if mode == "online":
             require("wandb")
         if mode == "offline" and not is_installed("wandb"):
-            warnings.warn("wandb is not installed, so this run leaves no W&B run; pip install -e '.[wandb]', or --wandb disabled", stacklevel=2)
+            warnings.warn(
+                "wandb is not installed, so this run leaves no W&B run; pip install -e '.[wandb]', or --wandb disabled",
+                stacklevel=2,
+            )
         elif mode != "disabled":
             # The same id after a resume: W&B then joins both parts to one run.
             identity = hashlib.sha256(str(run.path).encode()).hexdigest()[:8]

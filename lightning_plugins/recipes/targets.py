@@ -20,6 +20,7 @@ from lightning_plugins._support.optional import require
 from lightning_plugins._support.run_folder import RunFolder
 
 HERE = Path(__file__).parent
+_YAML_SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,24 @@ class Target:
         return self.file.stem if self.file else self.given
 
 
+def resumed_target(recorded: str, saved: Path) -> tuple[Target, bool]:
+    """Return what a run goes on with, and whether that holds the run's options already.
+
+    A YAML may have been edited, or removed, since: a run of one goes on from the configuration that it saved itself.
+
+    Args:
+        recorded: the target as the run folder recorded it.
+        saved: where the run saves its whole configuration as soon as it trains.
+
+    Raises:
+        InputError: as `find_target` does.
+    """
+    if Path(recorded).suffix not in _YAML_SUFFIXES or not saved.is_file():
+        return find_target(recorded), False
+    recipe = read_yaml(saved).get("recipe")
+    return Target(recorded, recipe=_recipe(recipe).recipe if recipe else None, file=saved), True
+
+
 def find_target(word: str) -> Target:
     """Return what ``word`` names.
 
@@ -54,7 +73,7 @@ def find_target(word: str) -> Target:
         InputError: if it is neither a recipe nor an existing file, or a YAML that cannot be read.
     """
     path = Path(word)
-    if path.suffix not in (".py", ".yaml", ".yml"):
+    if path.suffix not in (".py", *_YAML_SUFFIXES):
         if word in RECIPES:
             return _recipe(word)
         raise InputError(
@@ -96,17 +115,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def choose_yaml_namespace(path: Path, options: list[str]) -> None:
+def choose_yaml_namespace(path: Path, options: list[str], home: Path | None = None) -> None:
     """Let the class paths of a YAML decide which Lightning is used, before anything imports one.
 
     A path into one of the namespaces decides at once, through the environment variable that ranks inherit. Otherwise the modules
     of the user's own classes are imported, and the Lightning that they import is taken. The folder of the YAML and the working
     directory are put last on the import path, where they shadow nothing.
 
+    Args:
+        path: the YAML.
+        options: the command line.
+        home: the folder to import from, if it is not the YAML's.
+
     Raises:
         InputError: if both namespaces are named, or the variable says another one than the YAML.
     """
-    sys.path.extend(folder for folder in (str(path.parent), os.getcwd()) if folder not in sys.path)
+    sys.path.extend(folder for folder in (str(home or path.parent), os.getcwd()) if folder not in sys.path)
     content = read_yaml(path)
     words = [*_values(content), *(option.partition("=")[2] or option for option in options)]
     named = {namespace for word in words if (namespace := namespace_of(word))}

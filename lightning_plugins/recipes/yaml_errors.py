@@ -2,7 +2,7 @@
 
 jsonargparse wraps each error once for every level of the YAML (class path, union of types, parser key). The sentence wants three
 things of it: the dotted key, gathered from the wrappers; the innermost cause, the first exception that is no wrapper; and what
-would have been valid. Its texts are not an interface: an unknown one is passed on in one line.
+would have been valid. Its texts, which are in ``_seams.py``, are not an interface: an unknown one is passed on in one line.
 """
 
 import re
@@ -14,15 +14,17 @@ from typing import Any
 from lightning_plugins._lightning import NAMESPACE
 from lightning_plugins._support.errors import causes, nearest, one_line
 from lightning_plugins._support.namespace import VARIABLE
-
-_WRAPPERS = ("Does not validate against", "Parser key ", "Problem with given class_path", "- Expected a path but")
-_KEY = re.compile(r'^Parser key "([^"]+)"')
-_CLASS_PATH = re.compile(r"^Problem with given class_path '([^']+)'")
-_UNKNOWN = re.compile(r"^(?:Group '(?P<group>[^']+)' does not accept o|O)ption '(?P<name>[^']+)'(?: is not accepted)?")
-_UNRECOGNIZED = re.compile(r"^unrecognized arguments: (?P<token>\S+)", re.IGNORECASE)
-_EXPECTED = re.compile(r"Expected an? (?P<type>.+?)(?:\. Got value: (?P<value>.*))?$", re.MULTILINE)
-_REQUIRED = re.compile(r"the following arguments are required: (?P<keys>.+)|Key \"(?P<key>[^\"]+)\" is required")
-_NO_SUBCLASS = re.compile(r"Import path (?P<path>\S+) does not correspond to a subclass of (?P<base>\S+)")
+from lightning_plugins.recipes._seams import (
+    CLASS_PATH,
+    EXPECTED,
+    KEY,
+    NO_SUBCLASS,
+    REQUIRED,
+    UNKNOWN,
+    UNRECOGNIZED,
+    WRAPPERS,
+    option_names,
+)
 
 
 def innermost(error: BaseException) -> BaseException:
@@ -41,20 +43,20 @@ def parsing_sentence(error: BaseException, parser: Any, options: Iterable[str]) 
     """
     wrappers = [str(cause).strip() for cause in causes(error) if _is_wrapper(cause)]
     text = str(innermost(error)).strip()
-    key = ".".join(dict.fromkeys(match[1] for wrapper in wrappers if (match := _KEY.match(wrapper))))
-    class_path = next((match[1] for wrapper in reversed(wrappers) if (match := _CLASS_PATH.match(wrapper))), None)
-    if match := _UNRECOGNIZED.match(text):
+    key = ".".join(dict.fromkeys(match[1] for wrapper in wrappers if (match := KEY.match(wrapper))))
+    class_path = next((match[1] for wrapper in reversed(wrappers) if (match := CLASS_PATH.match(wrapper))), None)
+    if match := UNRECOGNIZED.match(text):
         return _unrecognized(match["token"], parser)
-    if match := _UNKNOWN.match(text):
+    if match := UNKNOWN.match(text):
         prefix = match["group"] or key
         valid = _parameters(class_path) if class_path else _keys(parser, prefix)
         return _unknown(f"{prefix}.{match['name']}" if prefix else match["name"], prefix, valid, options)
-    if match := _EXPECTED.match(text):
+    if match := EXPECTED.match(text):
         return _wrong_type(key, match["value"], text, wrappers)
-    if match := _REQUIRED.match(text):
+    if match := REQUIRED.match(text):
         missing = match["keys"] or match["key"]
         return f"{missing} is missing; give it in the YAML or as --{missing.split(',')[0]}"
-    if match := _NO_SUBCLASS.match(text):
+    if match := NO_SUBCLASS.match(text):
         other = f"if it is of the other Lightning, set {VARIABLE}"
         return f"{key} names {match['path']}, which is no {match['base']} of {NAMESPACE}; give one that is, or {other}"
     if class_path:
@@ -63,7 +65,7 @@ def parsing_sentence(error: BaseException, parser: Any, options: Iterable[str]) 
 
 
 def _is_wrapper(error: BaseException) -> bool:
-    return str(error).lstrip().startswith(_WRAPPERS)
+    return str(error).lstrip().startswith(WRAPPERS)
 
 
 def _unrecognized(token: str, parser: Any) -> str:
@@ -93,7 +95,7 @@ def _nearest_key(key: str, valid: list[str]) -> str:
 def _wrong_type(key: str, value: str | None, text: str, wrappers: list[str]) -> str:
     # The wrapper nearest to the cause lists every type of a union; one more level out it lists other keys' types.
     union = wrappers[-1] if wrappers and wrappers[-1].startswith("Does not validate") else text
-    types = dict.fromkeys(match["type"] for match in _EXPECTED.finditer(union))
+    types = dict.fromkeys(match["type"] for match in EXPECTED.finditer(union))
     return f"{key} must be {' or '.join(_type_word(name) for name in types)}, got {value}"
 
 
@@ -104,9 +106,7 @@ def _type_word(name: str) -> str:
 
 def _keys(parser: Any, prefix: str) -> list[str]:
     """Return the keys of a parser below ``prefix``, without it; all of them for an empty prefix."""
-    names = [
-        action.dest for action in parser._actions if not action.dest.endswith("help") and not action.dest.startswith("print_")
-    ]
+    names = option_names(parser)
     if prefix:
         return [name[len(prefix) + 1 :] for name in names if name.startswith(f"{prefix}.")]
     return names

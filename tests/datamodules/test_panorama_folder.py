@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_plugins import PanoramaFolder
+from lightning_plugins import PanoramaFolder, PanoramicDepth
 from lightning_plugins._lightning import LightningModule, Trainer
 from lightning_plugins._support.errors import InputError
 
@@ -91,3 +91,18 @@ def test_options_are_validated_at_once(options, sentence):
 def test_repr_shows_the_effective_settings():
     expected = "PanoramaFolder('rooms', height=64, width=128, batch_size=4, num_workers=0, recursive=False)"
     assert repr(PanoramaFolder("rooms", height=64)) == expected
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(2001, 1000), (200, 100), (128, 64)])
+def test_the_model_sees_of_a_photograph_what_the_folder_gives(columns, rows, tmp_path):
+    """A photograph of any size is the same input through the folder and through ``predict_panorama``."""
+    photograph = np.random.default_rng(0).integers(0, 256, (rows, columns, 3), dtype=np.uint8)
+    Image.fromarray(photograph).save(tmp_path / "room.png")
+    item = PanoramaFolder(tmp_path, height=64).images[0]["image"]
+    torch.manual_seed(0)
+    model = PanoramicDepth(backbone="test_resnet", widths=[8, 8, 8, 8, 8], sphere_widths=[], image_height=64).eval()
+    seen = []
+    model.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    depth_m = model.predict_panorama(torch.from_numpy(photograph).permute(2, 0, 1).float() / 255)
+    assert depth_m.shape == (rows, columns)
+    torch.testing.assert_close(seen[0][0], item, rtol=0, atol=1e-6)

@@ -35,7 +35,8 @@ def run_of(folder):
 def losses(run):
     with (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return {(row["phase"], row["step"]): row["train/loss"] for row in rows if row["train/loss"]}
+    keys = {"teacher": "depth_teacher/train_loss", "student": "panoramic_depth/train_loss"}
+    return {(row["phase"], row["step"]): loss for row in rows if (loss := row[keys[row["phase"]]])}
 
 
 @pytest.fixture(scope="module")

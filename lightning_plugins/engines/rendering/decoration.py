@@ -105,8 +105,9 @@ def free_interval(
     return low, high
 
 
-def _opening(done: Decoration, segment: Segment, u: tuple[float, float], z: tuple[float, float], deep_m: float,
-             side: int, back: int) -> Opening:  # fmt: skip
+def _opening(
+    segment: Segment, u: tuple[float, float], z: tuple[float, float], deep_m: float, side: int, back: int
+) -> Opening:
     """Return the box behind a wall; its far face has the material ``back``."""
     along, across = (u[0] + u[1]) / 2, segment.at_m + segment.outward * deep_m / 2
     centre = (along, across) if segment.axis == 0 else (across, along)
@@ -139,11 +140,11 @@ def put_doors(generator: np.random.Generator, layout: Layout, walls: list[Segmen
         _frame(done, segment, place, (0.0, high), 0.07, frame)
         if draw[5] < 0.3 and segment.shell and not layout.hall:
             wall = done.add(replace(done.materials[WALL], origin_m=(0.0, 0.0)))
-            done.openings.append(_opening(done, segment, place, (0.0, high), 0.8 + 1.6 * draw[0], wall, wall))
+            done.openings.append(_opening(segment, place, (0.0, high), 0.8 + 1.6 * draw[0], wall, wall))
         else:
             second = tuple(0.8 * c for c in colour)
             leaf = done.add(Material("door", colour, second, scale_m=wide, gloss=0.03, origin_m=(place[0], 0.0)))  # type: ignore[arg-type]
-            done.openings.append(_opening(done, segment, place, (0.0, high), 0.02 + 0.1 * draw[1], frame, leaf))
+            done.openings.append(_opening(segment, place, (0.0, high), 0.02 + 0.1 * draw[1], frame, leaf))
 
 
 def put_windows(generator: np.random.Generator, layout: Layout, walls: list[Segment], done: Decoration, day: float) -> None:
@@ -173,7 +174,7 @@ def put_windows(generator: np.random.Generator, layout: Layout, walls: list[Segm
         )  # fmt: skip
         frame = done.add(flat(WHITE if draw[7] < 0.6 else BLACK))
         _frame(done, segment, place, (sill, top), 0.06, frame)
-        done.openings.append(_opening(done, segment, place, (sill, top), 0.06 + 0.2 * draw[8], frame, pane))
+        done.openings.append(_opening(segment, place, (sill, top), 0.06 + 0.2 * draw[8], frame, pane))
         done.windows.append(len(done.openings) - 1)
         _window_light(layout, segment, done, place, (sill, top), day)
         if generator.random() < 0.35:

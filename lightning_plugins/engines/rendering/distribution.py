@@ -11,7 +11,6 @@ from lightning_plugins._support.errors import InputError, nearest
 from lightning_plugins.engines.rendering.textures import FAMILIES
 
 SHAPES = ("box", "l_shaped", "sloped", "sloped_l_shaped")
-MAX_DEPTH_M = 25.0
 MIN_HEADROOM_M = 0.7
 MIN_CLEARANCE_M = 0.4
 WALL_MARGIN_M = 0.1  # curtains and frames stand out from the wall
@@ -29,7 +28,9 @@ class RoomDistribution:
         width_m: shorter side of the floor.
         height_m: height of the room at its highest point.
         camera_height_m: height of the camera above the floor.
-        camera_clearance_m: least distance of the camera from walls and furniture: a tripod stands in the open.
+        camera_clearance_m: least distance of the camera, seen from above, from walls and furniture, shelves and hanging shades
+            included: a tripod stands in the open. What is fixed to the ceiling does not keep it: the middle of a lamp is 0.8 m
+            away or more, its end, under a slope, may be nearer, and so may a beam.
         hall_share: share of rooms that are halls of up to 20 x 12 x 6 m, whatever the ranges above say.
         max_tilt_deg: half-angle of the cone that the camera's up direction is drawn from, evenly by solid angle; 180 is the
             whole sphere.
@@ -62,16 +63,28 @@ class RoomDistribution:
                 f"camera_height_m reaches {self.camera_height_m[1]} m in rooms as low as {self.height_m[0]} m; "
                 f"leave {MIN_HEADROOM_M} m above the camera: lower camera_height_m or raise height_m"
             )
-        roomy = min(self.length_m[0], self.width_m[0]) / 2 - WALL_MARGIN_M
+        narrowest = min(self.length_m[0], self.width_m[0])
+        roomy = narrowest / 2 - WALL_MARGIN_M
         if not MIN_CLEARANCE_M <= self.camera_clearance_m < roomy:
             raise InputError(
                 f"camera_clearance_m must be from {MIN_CLEARANCE_M} to less than {roomy:.2f} (half of the narrowest room, less "
                 f"{WALL_MARGIN_M} for what hangs on walls), got {self.camera_clearance_m}"
             )
+        strip = arm_width_m(self.camera_clearance_m)
+        if any(shape.endswith("l_shaped") for shape in self.shapes) and strip >= narrowest:
+            raise InputError(
+                f"rooms as narrow as {narrowest} m have no corner to spare for an L: its arms are {strip:.2f} m wide at a "
+                f"camera_clearance_m of {self.camera_clearance_m}; lower that, widen length_m and width_m, or leave L shapes out"
+            )
         if not 0.0 <= self.hall_share <= 1.0:
             raise InputError(f"hall_share must be in [0, 1], got {self.hall_share}; 0.06 makes 6 % of the rooms halls")
         if not 0.0 <= self.max_tilt_deg <= 180.0:
             raise InputError(f"max_tilt_deg must be in [0, 180], got {self.max_tilt_deg}; 0 is level, 180 the whole sphere")
+
+
+def arm_width_m(camera_clearance_m: float) -> float:
+    """Return the least width of the arms of an L, so that the camera has a place in each."""
+    return 2 * (camera_clearance_m + WALL_MARGIN_M) + WALL_MARGIN_M
 
 
 def _names(field: str, given: tuple[str, ...], valid: tuple[str, ...]) -> None:

@@ -1,9 +1,9 @@
 """Furniture: pieces made of a few boxes each, placed on free floor, on walls and under the ceiling.
 
 A piece is drawn in its own frame (x along its front, y away from the wall behind it, z up from the floor) as rows ``(x, y,
-z, half_x, half_y, half_z, colour slot)``, and then turned and moved to a place that keeps 0.45 m from the camera, stays
-inside the room and outside the missing corner, and, if one is found in a few tries, off the other pieces. What would pass
-through a sloping ceiling is made lower.
+z, half_x, half_y, half_z, colour slot)``, and then turned and moved to a place that keeps the layout's ``clearance_m`` from the
+camera, stays inside the room and outside the missing corner, and, if one is found in a few tries, off the other pieces. What
+would pass through a sloping ceiling is made lower.
 """
 
 import math

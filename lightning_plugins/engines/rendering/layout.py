@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lightning_plugins.engines.rendering.distribution import MIN_HEADROOM_M, WALL_MARGIN_M, RoomDistribution
+from lightning_plugins.engines.rendering.distribution import MIN_HEADROOM_M, WALL_MARGIN_M, RoomDistribution, arm_width_m
 from lightning_plugins.engines.rendering.scene import Box, Plane, Vector
 
 # Materials that every shell has, by number.
@@ -66,7 +66,7 @@ def draw_layout(generator: np.random.Generator, distribution: RoomDistribution) 
         length, width = width, length
     size = (length, width, height)
     margin = distribution.camera_clearance_m + WALL_MARGIN_M
-    notch = _notch(generator, size, 2 * margin + WALL_MARGIN_M) if shape.endswith("l_shaped") else None
+    notch = _notch(generator, size, arm_width_m(distribution.camera_clearance_m)) if shape.endswith("l_shaped") else None
     slope = generator.random(5)
     share = 1.0
     while True:

@@ -28,10 +28,12 @@ def resize_equirectangular(image: Tensor, height: int, width: int) -> Tensor:
         width: columns of the result.
 
     Raises:
-        InputError: if the image has another shape or no pixels, or a size is below 1.
+        InputError: if the image has another shape, another dtype or no pixels, or a size is below 1.
     """
     if image.ndim != 4 or 0 in image.shape:
         raise InputError(f"image must have shape (B, C, H, W) without a 0, got {tuple(image.shape)}; add the missing axes with [None]")
+    if not image.is_floating_point():
+        raise InputError(f"resizing needs floating point values, got {image.dtype}; convert them with .float()")
     if height < 1 or width < 1:
         raise InputError(f"height and width must be 1 or more, got {height} and {width}; a panorama is twice as wide as high")
     if tuple(image.shape[2:]) == (height, width):

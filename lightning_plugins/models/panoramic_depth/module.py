@@ -24,6 +24,7 @@ class ModuleWithDepth(LightningModule):
     """What teacher and student share: validation, the optimizer, and refusing bad learning rates."""
 
     network: nn.Module
+    method: str  # first half of the log keys
 
     def __init__(self, depth_loss: str, learning_rate: float, weight_decay: float, preset: str) -> None:
         super().__init__()
@@ -53,7 +54,8 @@ class ModuleWithDepth(LightningModule):
         figures = self.metrics.compute()
         self.metrics.reset()
         for name, figure in figures.items():
-            self.log(f"val/{name}", figure.float(), prog_bar=name == "abs_rel")
+            unit = "_m" if name in ("mae", "rmse") else ""
+            self.log(f"{self.method}/val_{name}{unit}", figure.float(), prog_bar=name == "abs_rel")
 
     def deploy(self, path: str | Path) -> None:
         """Write what inference needs, and nothing of the training: no teacher, adapters or optimizer. Atomic.
@@ -93,6 +95,8 @@ class DepthTeacher(ModuleWithDepth):
         InputError: for a value that is out of range or unknown.
     """
 
+    method = "depth_teacher"
+
     def __init__(
         self,
         widths: list[int] = WIDTHS,
@@ -116,7 +120,7 @@ class DepthTeacher(ModuleWithDepth):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self.depth_loss(self.predict_depth(batch), batch["depth"], batch["mask"])
-        self.log("train/loss", loss, prog_bar=True)
+        self.log(f"{self.method}/train_loss", loss, prog_bar=True)
         return loss
 
 
@@ -148,6 +152,8 @@ class PanoramicDepth(ModuleWithDepth):
     Raises:
         InputError: for a value that is out of range or unknown, or a teacher that cannot be read.
     """
+
+    method = "panoramic_depth"
 
     def __init__(
         self,
@@ -208,21 +214,21 @@ class PanoramicDepth(ModuleWithDepth):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         depth_m, mask = batch["depth"], batch["mask"]
         pyramid = self.network.pyramid(batch["image"])
-        depth_loss = self.depth_loss(self.network.decode(pyramid), depth_m, mask)
-        self.log("train/depth_loss", depth_loss, prog_bar=True)
-        if self._teacher is None:
-            return depth_loss
-        assert self.adapters is not None
-        adapted = [adapter(features) for adapter, features in zip(self.adapters, pyramid, strict=True)]
-        taught = distillation(adapted, self._teacher[0].pyramid(depth_m, mask), mask, self.distance)
-        loss = depth_loss + self.hparams["distillation_weight"] * taught
-        self.log_dict({"train/distillation_loss": taught, "train/loss": loss})
+        loss = self.depth_loss(self.network.decode(pyramid), depth_m, mask)
+        if self._teacher is not None:
+            assert self.adapters is not None
+            self.log(f"{self.method}/train_depth_loss", loss)
+            adapted = [adapter(features) for adapter, features in zip(self.adapters, pyramid, strict=True)]
+            taught = distillation(adapted, self._teacher[0].pyramid(depth_m, mask), mask, self.distance)
+            self.log(f"{self.method}/train_distillation_loss", taught)
+            loss = loss + self.hparams["distillation_weight"] * taught
+        self.log(f"{self.method}/train_loss", loss, prog_bar=True)
         return loss
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         if (saturated := saturated_share(self.network)) is not None:
-            self.log("val/gates_saturated_share", saturated)
+            self.log(f"{self.method}/val_gates_saturated_share", saturated)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if (height := batch["image"].shape[-2]) != self.hparams["image_height"]:

@@ -45,13 +45,14 @@ class Decoder(nn.Module):
         super().__init__()
         self.steps = nn.ModuleList(block(coarse + fine, fine) for fine, coarse in pairwise(widths))
         self.last = block(widths[0], widths[0])
-        self.to_depth = nn.Conv2d(widths[0], 1, 3, padding=1)
+        # Four values a cell, one for each of its pixels: a convolution at full size would cost as much as a backbone stage.
+        self.to_depth = nn.Conv2d(widths[0], 4, 3, padding=1)
 
     def forward(self, pyramid: list[Tensor]) -> Tensor:
         features = pyramid[-1]
         for step, fine in zip(reversed(self.steps), reversed(pyramid[:-1]), strict=True):
             features = step(torch.cat([_double(features), fine], dim=1))
-        return limit_longitude_band(self.to_depth(_double(self.last(features))))
+        return limit_longitude_band(F.pixel_shuffle(self.to_depth(self.last(features)), 2))
 
 
 def _double(features: Tensor) -> Tensor:

@@ -180,6 +180,13 @@ def test_a_bad_size_or_seed_is_refused(arguments, message):
         ({"width_m": (3.0,)}, r"width_m must be \(low, high\)"),
         ({"height_m": (2.0, 9.0)}, "height_m must be"),
         ({"camera_height_m": (1.3, 2.0)}, "leave 0.7 m above the camera"),
+        ({"camera_clearance_m": 0.3}, "from 0.4 to less than 1.40 .* got 0.3"),
+        ({"camera_clearance_m": 1.4}, "from 0.4 to less than 1.40 .* got 1.4"),
+        (
+            {"shapes": ("box", "l_shaped"), "width_m": (2.5, 3.0), "camera_clearance_m": 1.14},
+            "as narrow as 2.5 m .* arms are 2.58 m wide .* leave L shapes out",
+        ),
+        ({"shapes": ("sloped_l_shaped",), "width_m": (2.5, 3.0), "camera_clearance_m": 1.1}, "arms are 2.50 m wide"),
         ({"hall_share": 1.5}, r"hall_share must be in \[0, 1\], got 1.5"),
         ({"max_tilt_deg": -1.0}, r"max_tilt_deg must be in \[0, 180\], got -1.0"),
         ({"max_tilt_deg": float("nan")}, r"max_tilt_deg must be in \[0, 180\], got nan"),
