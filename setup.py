@@ -14,7 +14,7 @@ VERSION = re.search(
     r'^__version__ = "(.+)"$', (HERE / "lightning_plugins/__init__.py").read_text(encoding="utf-8"), re.MULTILINE
 )[1]
 
-VISION = ["torchvision>=0.21", "timm>=1.0.9", "opencv-python-headless>=4.10"]
+VISION = ["torchvision>=0.21", "timm>=1.0.10", "opencv-python-headless>=4.10"]
 CLI = ["jsonargparse[signatures]>=4.39", "rich>=13.7", "click>=8.1"]
 REPORT = ["matplotlib>=3.8", "jinja2>=3.1", "pillow>=10.4"]
 WANDB = ["wandb>=0.19"]

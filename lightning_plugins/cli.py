@@ -2,8 +2,8 @@
 
 Neither torch nor Lightning is imported before something is run, so that the other words answer at once and work in a broken
 environment. Exit codes: 0; 2 for what the user can mend, with one sentence on the error stream; 1 for a defect, with its
-traceback, and from `doctor` if it found a trap; 130 and 143 after Ctrl-C and SIGTERM, with the line that resumes; a user's own script
-keeps its own.
+traceback, and from `doctor` if it found a trap; 130 and 143 after Ctrl-C and SIGTERM, with the line that resumes; a user's
+own script keeps its own.
 """
 
 import os

@@ -107,3 +107,11 @@ def test_an_sdk_that_cannot_be_loaded_is_said_to_be_so(tmp_path):
     done = lightning(tmp_path, "studio")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "there is no command 'studio', and that of lightning-sdk cannot be loaded (no module rich_click)" in done.stderr
+
+
+def test_the_version_stands_once():
+    from lightning_plugins import __version__
+
+    done = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == __version__
+    assert __version__ not in (ROOT / "setup.py").read_text()

@@ -6,12 +6,14 @@ import sys
 
 import pytest
 
+# Modules in which every public name is a class.
 STAND_IN = """
-class Callback: ...
-class LightningDataModule: ...
-class LightningModule: ...
-class Trainer: ...
-def seed_everything(): ...
+def __getattr__(name):
+    if name.startswith("_"):
+        raise AttributeError(name)
+    return type(name, (), {"__module__": __name__})
+"""
+ROOT = f"""{STAND_IN}
 __version__ = "2.6.6"
 print("imported", __name__)
 """
@@ -22,10 +24,10 @@ ASK = "from lightning_plugins._lightning import Callback, NAMESPACE; print(NAMES
 def site(tmp_path):
     for package in ("pytorch_lightning", "lightning/pytorch"):
         folder = tmp_path / package
-        folder.mkdir(parents=True)
-        (folder / "__init__.py").write_text(STAND_IN)
-        (folder / "callbacks.py").write_text("class ModelCheckpoint: ...")
-        (folder / "loggers.py").write_text("class CSVLogger: ...\nclass Logger: ...\nclass WandbLogger: ...")
+        (folder / "plugins").mkdir(parents=True)
+        (folder / "__init__.py").write_text(ROOT)
+        for module in ("callbacks", "loggers", "plugins/io"):
+            (folder / f"{module}.py").write_text(STAND_IN)
     (tmp_path / "lightning" / "__init__.py").write_text("")
     return tmp_path
 

@@ -19,8 +19,8 @@ CONFIG_FILE = "config.yaml"
 class RunFolder:
     """A run's folder and its record of finished phases.
 
-    ``run.json`` holds the recipe, the target as it was given, its options, the working directory that they are relative to, and the
-    phases that are finished, so that ``--resume`` goes on at the first unfinished one with the same options.
+    ``run.json`` holds the recipe, the target as it was given, its options, the working directory that they are relative to,
+    and the phases that are finished, so that ``--resume`` goes on at the first unfinished one with the same options.
     """
 
     path: Path

@@ -10,8 +10,8 @@ import torch
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the checkpoint with the highest step under ``folder``, the younger file of two equals, or None if there is none.
 
-    A file that cannot be read (cut off by a full disk, say) is passed over with a warning, and another says which one is taken instead.
-    Tensors are mapped, not loaded, so the cost is one small read a file.
+    A file that cannot be read (cut off by a full disk, say) is passed over with a warning, and another warning says which one is
+    taken instead. Tensors are mapped, not loaded, so the cost is one small read a file.
 
     Args:
         folder: a run folder.

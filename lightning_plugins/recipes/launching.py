@@ -139,8 +139,8 @@ def _run_agent(launch: list[str], debug: bool, entrypoint: Callable[..., None] |
         except _seams.meeting_errors() as error:
             where = next((option.partition("=")[2] for option in launch if option.startswith(_MEETING_OPTIONS)), "localhost")
             raise InputError(
-                f"the processes cannot meet at {where}: {one_line(str(error))}; "
-                "give --rdzv-endpoint as HOST:PORT of a machine that runs and that all can reach, and --rdzv-backend as c10d or static"
+                f"the processes cannot meet at {where} ({one_line(str(error).partition('Exception raised')[0])}); "
+                "give --rdzv-endpoint HOST:PORT of a running machine that all can reach, and --rdzv-backend c10d or static"
             ) from error
 
 

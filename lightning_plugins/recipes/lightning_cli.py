@@ -2,8 +2,8 @@
 
 ``RecipeCLI`` differs from ``LightningCLI`` in six things: everything goes to the run folder (also the configuration, written
 whole and written again on resume), ``trainer.devices`` and ``num_nodes`` follow the launch, an option is never guessed from an
-abbreviation, whatever the YAML got wrong is an `InputError` of one sentence instead of jsonargparse's nested report, every Trainer
-gets instances of its own of all that is configured for it, and writes its checkpoints whole or not at all.
+abbreviation, whatever the YAML got wrong is an `InputError` of one sentence instead of jsonargparse's nested report, each Trainer
+gets instances of its own of all that is configured for it, and it writes its checkpoints whole or not at all.
 """
 
 import os
@@ -92,11 +92,12 @@ class RecipeCLI(LightningCLI):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
 
-    def another_trainer(self, callbacks: list[Any], **settings: Any) -> Trainer:
+    def another_trainer(self, callbacks: list[Any], method: str, **settings: Any) -> Trainer:
         """Return a Trainer as configured, sharing no callback, plugin or strategy with any other.
 
         Args:
             callbacks: further ones, after the user's own.
+            method: what is trained, the first half of its log keys; a callback of the user's that monitors another's is left out.
             **settings: arguments of the Trainer that replace the configured ones.
 
         Raises:
@@ -106,7 +107,13 @@ class RecipeCLI(LightningCLI):
             fresh = instantiate_key(self.parser, self.config, "trainer")
             own = fresh.callbacks if isinstance(fresh.callbacks, list) else [fresh.callbacks] if fresh.callbacks else []
             self.config_init["trainer"] = fresh
+            own = [callback for callback in own if _concerns(callback, method)]
             return self.instantiate_trainer(callbacks=[*own, *callbacks], **settings)
+
+
+def _concerns(callback: Any, method: str) -> bool:
+    monitored = getattr(callback, "monitor", None)
+    return not isinstance(monitored, str) or "/" not in monitored or monitored.startswith(f"{method}/")
 
 
 def launched_devices(devices: Any, num_nodes: int, environ: Any) -> tuple[Any, int]:

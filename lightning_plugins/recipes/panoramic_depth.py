@@ -5,17 +5,17 @@ finished epoch. The first process alone evaluates and predicts. The knobs are in
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from lightning_plugins import DepthTeacher, PanoramaReport, PanoramicDepth, RenderedRooms
+from lightning_plugins import PanoramaReport, PanoramicDepth, RenderedRooms
 from lightning_plugins._lightning import ModelCheckpoint, seed_everything
-from lightning_plugins._support.errors import InputError
 from lightning_plugins._support.images import check_panorama, find_panoramas, name_apart, read_panorama
 from lightning_plugins._support.run_folder import RunFolder
 from lightning_plugins.engines.sphere import pixel_directions
@@ -24,10 +24,9 @@ from lightning_plugins.models.panoramic_depth.checkpoint import load_module
 from lightning_plugins.models.panoramic_depth.evaluation import Predictor, score
 from lightning_plugins.models.panoramic_depth.module import ModuleWithDepth
 from lightning_plugins.recipes.checkpoints import last_checkpoint
-from lightning_plugins.recipes.lightning_cli import RecipeCLI
+from lightning_plugins.recipes.panoramic_depth_options import CLI, check_options
 from lightning_plugins.recipes.refusals import fit_refusals
 from lightning_plugins.recipes.run_loggers import RunLoggers
-from lightning_plugins.recipes.targets import shipped_yaml
 from lightning_plugins.recipes.turns import waiting_for_first
 from lightning_plugins.reporting.figures import curves
 from lightning_plugins.reporting.photographs import write_photograph
@@ -36,32 +35,6 @@ from lightning_plugins.reporting.tables import write_table
 
 # Without photographs, the first of the held-out rooms are shown in their place.
 SHOWN_ROOMS = 3
-
-
-class CLI(RecipeCLI):
-    """The options: the model's, the data's and the Trainer's, and these."""
-
-    def __init__(self, folder: RunFolder, options: list[str]) -> None:
-        defaults = ["--config", str(shipped_yaml("panoramic_depth"))]
-        super().__init__(folder, [*defaults, *options], model_class=PanoramicDepth, datamodule_class=RenderedRooms)
-
-    def add_arguments_to_parser(self, parser: Any) -> None:
-        parser.add_class_arguments(DepthTeacher, "teacher")
-        for shared in ("widths", "head", "max_depth_m", "preset"):
-            parser.link_arguments(f"model.{shared}", f"teacher.{shared}")
-        parser.link_arguments("data.height", "model.image_height")
-        parser.add_argument("--teacher_epochs", type=int, default=4, help="epochs of the teacher")
-        parser.add_argument("--image", type=str | None, default=None, help="a photograph, or a folder of them, to predict on")
-        parser.add_argument("--ckpt", type=str | None, default=None, help="a student's checkpoint: skips the training")
-        parser.add_argument("--wandb", type=Literal["offline", "online", "disabled"], default="offline", help="the W&B run")
-        parser.add_argument("--wandb_photographs", type=bool, default=False, help="put your photographs into the W&B run, too")
-
-    def before_instantiate_classes(self) -> None:
-        super().before_instantiate_classes()
-        model, own = self.config["model"], str(self.folder.path / "teacher.ckpt")
-        # A resumed run finds its own teacher in the configuration that it saved.
-        self.makes_teacher = model["teacher"] in (None, own)
-        model["teacher"] = model["teacher"] or own
 
 
 def main(options: list[str], run: RunFolder, resume: bool) -> None:
@@ -97,38 +70,22 @@ def main(options: list[str], run: RunFolder, resume: bool) -> None:
             loggers.show(scores, previews if knobs.wandb_photographs or not photographs else {})
 
 
-def check_options(cli: CLI, options: list[str]) -> None:
-    """Refuse numbers without a training, a teacher that cannot be read, and options that cannot act beside a checkpoint."""
-    knobs, names = cli.config, [option.partition("=")[0] for option in options if option.startswith("--")]
-    of_teacher = [name for name in names if name.startswith("--teacher")]
-    of_model = [name for name in names if name.startswith("--model") and name != "--model.preset"]
-    if knobs.ckpt and (idle := of_model + of_teacher):
-        raise InputError(f"{idle[0]} cannot act beside --ckpt, which brings a trained model; leave one of the two out")
-    if not cli.makes_teacher:
-        load_module(DepthTeacher, knobs.model.teacher)
-        if idle := of_teacher or ["--model.teacher"] * (cli.model.teacher_path is None):
-            raise InputError(
-                f"{idle[0]} cannot act: --model.teacher trains no teacher, and weight 0 of the distillation needs none"
-            )
-    if knobs.teacher_epochs < 1:
-        raise InputError(
-            f"teacher_epochs must be 1 or more, got {knobs.teacher_epochs}; to do without: --model.distillation_weight 0"
-        )
-    if knobs.trainer.max_epochs is not None and knobs.trainer.max_epochs < 1:
-        raise InputError(f"trainer.max_epochs must be 1 or more, got {knobs.trainer.max_epochs}; to train nothing: --ckpt FILE")
-    if knobs.trainer.max_steps < 1 and knobs.trainer.max_steps != -1:
-        raise InputError(f"trainer.max_steps must be 1 or more, got {knobs.trainer.max_steps}; -1 is no limit but the epochs")
-
-
 def fit(
     cli: CLI, run: RunFolder, phase: str, module: ModuleWithDepth, epochs: int, loggers: RunLoggers, callbacks: list[Any]
 ) -> None:
     """Train one phase, from its last finished epoch if there is one, and write ``<phase>.ckpt``."""
     folder = run.path / "checkpoints" / phase
     # The two newest, so that one is left if a failing disk has damaged the other.
-    newest = {"filename": "{epoch}", "monitor": "step", "mode": "max", "save_top_k": 2, "enable_version_counter": False}
-    keep = ModelCheckpoint(folder, save_on_train_epoch_end=True, **newest)
-    trainer = cli.another_trainer([*callbacks, keep], max_epochs=epochs, logger=loggers.of_phase(phase))
+    keep = ModelCheckpoint(
+        folder,
+        filename="{epoch}",
+        monitor="step",
+        mode="max",
+        save_top_k=2,
+        enable_version_counter=False,
+        save_on_train_epoch_end=True,
+    )
+    trainer = cli.another_trainer([*callbacks, keep], module.method, max_epochs=epochs, logger=loggers.of_phase(phase))
     seed_everything(cli.config.seed_everything, workers=True, verbose=False)
     with fit_refusals(trainer):
         trainer.fit(module, cli.datamodule, ckpt_path=last_checkpoint(folder))
@@ -143,15 +100,19 @@ def evaluate(student: PanoramicDepth, rooms: RenderedRooms, run: RunFolder, pres
     known = rooms.rooms("train")
     predictors: dict[str, Predictor] = {"student": lambda image: student(image.to(student.device))}
     for name, depth_m in trivial_predictors(known.depth_m, known.mask).items():
-        constant = torch.from_numpy(depth_m)
-        predictors[name] = lambda image, constant=constant: constant.expand(len(image), 1, *constant.shape)
+        predictors[name] = partial(expand, torch.from_numpy(depth_m))
     scores = score(predictors, tqdm(rooms.evaluation_dataloader(), "Scoring", unit="batch", leave=False), preset)
     write_table(run.path / "evaluation.csv", scores)
     return scores
 
 
+def expand(depth_m: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """Return the same depth ``(H, W)`` for each image of a batch."""
+    return depth_m.expand(len(image), 1, *depth_m.shape)
+
+
 def images(photographs: dict[str, Path], rooms: RenderedRooms) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-    """Yield name and pixels of one photograph after the other; without any, of some held-out rooms, as if they were photographs."""
+    """Yield name and pixels of one photograph after the other; without any, of some held-out rooms in their place."""
     for name, path in photographs.items():
         yield name, read_panorama(path)
     if not photographs:
@@ -171,7 +132,7 @@ def report(run: RunFolder, scores: list[dict[str, Any]], metrics: list[dict[str,
     summary = (
         f"AbsRel {student:.3f} on {scores[0]['images']} held-out rooms; the best predictor that sees no image has {best:.3f}."
     )
-    sections = [
+    sections: list[Text | Table | Figure] = [
         Text([summary]),
         Table(scores, heading="Held-out rooms", caption=f"Protocol: {scores[0]['preset']}. Depths in metres."),
     ]

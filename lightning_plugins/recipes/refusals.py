@@ -1,8 +1,8 @@
 """Which exceptions of Lightning mean that the user asked for something impossible, and not that there is a defect.
 
-A constructor that refuses does so with ValueError or TypeError. Lightning itself refuses late, often only inside ``fit``, with the same
-classes as any defect: there, an error counts as a refusal if Lightning's own code raised it, and that before the first batch or with none
-of the user's code under way. A defect in a training step, or a misuse of Lightning in one, keeps its traceback.
+A constructor that refuses does so with ValueError or TypeError. Lightning itself refuses late, often inside ``fit``, with the
+same classes as any defect: there, an error counts as a refusal if Lightning's own code raised it, and that before the first batch
+or with none of the user's code under way. A defect in a training step, or a misuse of Lightning in one, keeps its traceback.
 """
 
 from collections.abc import Iterator
@@ -53,7 +53,7 @@ def refusals() -> Iterator[None]:
 
 
 @contextmanager
-def fit_refusals(trainer: Trainer) -> Iterator[None]:
+def fit_refusals(trainer: Any) -> Iterator[None]:
     """Turn what Lightning refuses while ``trainer`` fits or validates into an `InputError`.
 
     Raises:

@@ -33,7 +33,8 @@ class RunLoggers:
                 stacklevel=2,
             )
         elif mode != "disabled":
-            # The same id after a resume: W&B then joins both parts to one run.
+            # The same id after a resume: online, W&B goes on with the run; offline each attempt leaves a folder of its own, and
+            # `wandb sync` uploads those of one id to one run, in the order of their start.
             identity = hashlib.sha256(str(run.path).encode()).hexdigest()[:8]
             name = f"{run.path.parent.name}/{run.path.name}"
             self.wandb = WandbLogger(

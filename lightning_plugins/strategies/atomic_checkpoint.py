@@ -1,8 +1,9 @@
 """Checkpoints that appear whole or not at all, as a plugin: ``Trainer(plugins=[AtomicCheckpointIO()])``.
 
-Lightning's own TorchCheckpointIO holds the whole checkpoint in memory, writes it to the system's temporary folder and moves it over
-the old one: between two file systems a move is a copy, so a disk that fills on the way has destroyed the good checkpoint before it is
-noticed. Here torch writes straight to a temporary name beside the old file, which is renamed over it once it is on the disk.
+Lightning's own TorchCheckpointIO holds the whole checkpoint in memory, writes it to the system's temporary folder and moves it
+over the old one: between two file systems a move is a copy, so a disk that fills on the way has destroyed the good checkpoint
+before it is noticed. Here torch writes straight to a temporary name beside the old file, which is renamed over it once it is on
+the disk.
 
     write to .NAME.XXXX.part  ->  fsync  ->  rename to NAME  ->  fsync of the folder
 

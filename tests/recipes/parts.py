@@ -11,18 +11,25 @@ from {namespace} import Callback, LightningDataModule, LightningModule
 
 
 class Boring(LightningModule):
-    def __init__(self, width: int = 4, defect: bool = False):
+    def __init__(self, width: int = 4, defect: bool = False, breaks: str | None = None):
         super().__init__()
         if width < 1:
             raise ValueError(f"width must be 1 or more,\\n  got {{width}}")
         if defect:
             raise AttributeError("a defect in the constructor")
         self.layer = torch.nn.Linear(4, width)
+        self.breaks = breaks
 
     def training_step(self, batch, batch_idx):
+        if self.breaks == "training":
+            raise ValueError("a defect in the training step")
+        if self.breaks == "logging":
+            self.log("x", 1.0, reduce_fx="wibble")
         return self.layer(batch).square().mean()
 
     def validation_step(self, batch, batch_idx):
+        if self.breaks == "validation":
+            raise ValueError("a defect in the validation step")
         self.log("val_loss", self.layer(batch).square().mean(), sync_dist=True)
 
     def configure_optimizers(self):
@@ -42,18 +49,21 @@ class Noise(LightningDataModule):
 
 
 class Notes(Callback):
-    """Writes what each rank saw; rank 1 fails in the attempt that is named."""
+    """Writes what each rank saw; rank 1 fails in the first attempt, when the epoch begins that is named."""
 
     def __init__(self, dies: int | None = None, refuses: bool = False):
         self.dies = dies
         self.refuses = refuses
 
+    def on_train_epoch_start(self, trainer, pl_module):
+        attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        if trainer.global_rank == 1 and attempt == 0 and self.dies == trainer.current_epoch:
+            raise KeyError("rank 1 has a defect")
+
     def on_train_start(self, trainer, pl_module):
         attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         with open(os.path.join(trainer.default_root_dir, f"rank-{{trainer.global_rank}}-{{attempt}}"), "w") as file:
             print(trainer.world_size, trainer.num_devices, trainer.current_epoch, trainer.global_step, file=file)
-        if trainer.global_rank == 1 and self.dies == attempt:
-            raise KeyError("rank 1 has a defect")
         if trainer.global_rank == 1 and self.refuses:
             from lightning_plugins._support.errors import InputError
 

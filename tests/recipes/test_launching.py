@@ -16,6 +16,14 @@ def main(options, run, resume):
     if not resume and "--fail" in options:
         raise {error}
 """
+WHERE = """
+import os
+def main(options, run, resume):
+    with open(run.path / "seen", "a") as file:
+        print(os.getcwd(), file=file)
+    if not resume:
+        raise KeyError
+"""
 WAITING = """
 import time
 def main(options, run, resume):
@@ -59,6 +67,30 @@ def test_resume_repeats_the_recorded_options_once(tmp_path):
     assert again.returncode == 0
     assert "finished; there is nothing to resume" in again.stdout
     assert calls(path) == [[["--fail"], False, []], [["--fail"], True, ["teacher"]]]
+
+
+def test_resume_looks_relative_paths_up_where_the_run_was_started(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    assert lightning(first, "run", "tiny", recipe=WHERE).returncode == 1
+    path = only_run(first, "tiny")
+    (path / "checkpoints").mkdir()
+    (path / "checkpoints" / ".last.ckpt.x1y2.part").write_bytes(b"of a killed writer")
+    done = lightning(second, "run", "--resume", f"../first/{path.relative_to(first)}", recipe=WHERE)
+    assert done.returncode == 0, done.stderr
+    assert (path / "seen").read_text() == f"{first}\n{first}\n"
+    assert list((path / "checkpoints").iterdir()) == []
+
+
+def test_resume_says_if_the_place_of_the_start_is_gone(tmp_path):
+    first = tmp_path / "first"
+    first.mkdir()
+    assert lightning(first, "run", "tiny", "--runs-dir", tmp_path / "runs", recipe=WHERE).returncode == 1
+    first.rename(tmp_path / "moved")
+    done = lightning(tmp_path, "run", "--resume", only_run(tmp_path, "tiny"), recipe=WHERE)
+    assert done.returncode == 0
+    assert f"the run was started in {first}, which is gone" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -152,6 +184,8 @@ def test_a_script_gets_the_signals(tmp_path, number, code):
         (["tiny", "--nproc-per-node"], "argument --nproc-per-node: expected one argument"),
         (["tiny", "--nnodes=2:x"], "argument --nnodes: got 2:x, must be a number from 1, or two as MIN:MAX"),
         (["tiny", "--nnodes", "2"], "several machines (--nnodes) need --rdzv-endpoint HOST:PORT and --rdzv-id ID"),
+        (["tiny", "--master-port", "abc"], "argument --master-port: got abc, must be a number from 0"),
+        (["tiny", "--monitor-interval", "x"], "argument --monitor-interval: got x, must be a number of seconds"),
         (["tiny", "--max_restarts", "-1"], "argument --max-restarts"),
         (["--resume", "nowhere"], "--resume got nowhere, which holds no readable run.json"),
         (["tiny", "--runs-dir", "/dev/null"], "the run folder /dev/null/tiny cannot be written (Not a directory)"),

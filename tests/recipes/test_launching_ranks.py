@@ -14,17 +14,22 @@ TWO = ("--nproc-per-node", "2")
 STYLE = {"LIGHTNING_PLUGINS_NAMESPACE": os.environ.get("LIGHTNING_PLUGINS_NAMESPACE", "pytorch_lightning")}
 
 
-def test_two_ranks_share_one_folder_and_are_started_again(tmp_path):
+def test_two_ranks_share_one_folder_and_started_again_go_on_after_the_last_epoch(tmp_path):
     # A wrong number of devices in the YAML gives way to the launch.
-    write_parts(tmp_path, change=lambda content: content["trainer"].update(devices=5))
-    dies = ("--trainer.callbacks.dies=0",)
+    write_parts(tmp_path, change=lambda content: content["trainer"].update(devices=5, max_epochs=2))
+    dies = ("--trainer.callbacks.dies=1",)
     done = lightning(tmp_path, "run", "boring.yaml", *TWO, "--max-restarts=1", *dies, **STYLE)
     assert done.returncode == 0, done.stderr
     path = only_run(tmp_path, "boring")
     assert done.stdout.splitlines()[-1] == str(path)
     assert done.stdout.count(str(path)) == 1
     seen = {f"rank-{rank}-{attempt}": (path / f"rank-{rank}-{attempt}").read_text() for rank in (0, 1) for attempt in (0, 1)}
-    assert set(seen.values()) == {"2 2 0 0\n"}
+    assert seen == {
+        "rank-0-0": "2 2 0 0\n",
+        "rank-1-0": "2 2 0 0\n",
+        "rank-0-1": "2 2 1 1\n",
+        "rank-1-1": "2 2 1 1\n",
+    }, "world size, devices, first epoch and step of each rank and attempt"
     saved = yaml.safe_load((path / "config.yaml").read_text())
     assert (saved["trainer"]["devices"], saved["trainer"]["num_nodes"]) == (2, 1)
 
@@ -65,7 +70,7 @@ def test_a_defect_of_one_rank_ends_all_with_its_traceback(tmp_path):
 def test_a_signal_ends_the_ranks_with_the_line_that_resumes(tmp_path):
     code, _, errors = signalled(tmp_path, signal.SIGTERM, "run", "tiny", "--wait", *TWO, recipe=DEFECT)
     assert code == 143
-    assert errors.splitlines()[-1] == f"stopped; to go on: lightning run --resume {only_run(tmp_path, 'tiny')}"
+    assert errors.splitlines()[-1] == f"stopped; to go on: lightning run --resume {only_run(tmp_path, 'tiny')} --nproc-per-node 2"
 
 
 # Rank 0 trains with one Lightning, rank 1 with the other, and each believes to be alone.

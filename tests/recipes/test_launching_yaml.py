@@ -43,15 +43,19 @@ def test_a_yaml_is_fitted_validated_and_gone_on_with(folder, capsys):
     header, *_ = rows(path / "logs" / "version_0" / "metrics.csv")
     assert "val_loss" in header
 
-    # As if it had been killed after its checkpoint, with more epochs to go: the newest readable checkpoint is taken.
+    # As if it had been killed after its checkpoint, with more epochs to go: the newest readable checkpoint is taken, and the
+    # configuration that the run saved itself, whatever has become of the YAML that it was started with.
     (first,) = path.rglob("*.ckpt")
     first.with_name("epoch=9-step=99.ckpt").write_bytes(b"PK half a checkpoint")
-    record = (path / "run.json").read_text()
-    (path / "run.json").write_text(record.replace('"run"', "").replace('"12"', '"12", "--trainer.max_epochs", "3"'))
-    with pytest.warns(UserWarning, match=r"step=99.ckpt is no readable checkpoint"):
+    (path / "run.json").write_text((path / "run.json").read_text().replace('"run"', ""))
+    (path / "config.yaml").write_text((path / "config.yaml").read_text().replace("max_epochs: 1", "max_epochs: 3"))
+    (folder / "boring.yaml").write_text("model: edited")
+    with pytest.warns(UserWarning, match=r"step=99.ckpt is no readable checkpoint") as warned:
         assert main(["run", "--resume", str(path)]) == 0
+    assert [f"the run goes on from {first}, at step 3" in str(warning.message) for warning in warned].count(True) == 1
     assert (path / "rank-0-0").read_text() == "1 1 1 3\n"
-    assert yaml.safe_load((path / "config.yaml").read_text())["trainer"]["max_epochs"] == 3
+    saved = yaml.safe_load((path / "config.yaml").read_text())
+    assert (saved["trainer"]["max_epochs"], saved["data"]["init_args"]["size"]) == (3, 12)
 
 
 def test_validate_builds_everything_and_runs_nothing(folder, capsys):
@@ -126,6 +130,40 @@ def test_a_defect_of_a_constructor_is_not_called_a_wrong_option(folder, capsys):
     assert "AttributeError: a defect in the constructor" in errors
 
 
+@pytest.mark.parametrize(
+    ("breaks", "words"),
+    [
+        ("training", "ValueError: a defect in the training step"),
+        ("validation", "ValueError: a defect in the validation step"),
+        ("logging", "MisconfigurationException: Only `self.log(..., reduce_fx={min,max,mean,sum})` are supported"),
+    ],
+)
+def test_a_defect_in_a_step_keeps_its_traceback(folder, capsys, breaks, words):
+    write_parts(folder)
+    assert main(["run", "boring.yaml", "--model.breaks", breaks]) == 1
+    errors = capsys.readouterr().err
+    assert "Traceback" in errors
+    assert words in errors.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--trainer.val_check_interval=1000"], "`val_check_interval` (1000) must be less than or equal to the number of"),
+        (["--trainer.max_epochs=-2"], "`max_epochs` must be a non-negative integer or -1"),
+        (["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=wibble"], "Early stopping conditioned on metric"),
+        (["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.monitor=wibble"], "could not find the monitored key"),
+    ],
+)
+def test_what_lightning_refuses_while_it_fits_is_one_sentence(folder, capsys, options, sentence):
+    write_parts(folder)
+    assert main(["run", "boring.yaml", *options]) == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("lightning: Lightning refuses these settings: ")
+    assert sentence in errors.splitlines()[-1]
+
+
 def test_our_own_classes_are_found_by_their_public_path(folder, capsys):
     write_parts(folder, change=lambda c: c.update(data={"class_path": "lightning_plugins.RenderedRooms"}))
     assert main(["validate", "boring.yaml"]) == 0
@@ -144,6 +182,7 @@ def test_help_leaves_no_folder(folder, capsys):
         ("auto", 1, {}, (1, 1)),
         (-1, 1, {}, (1, 1)),
         ([1], 1, {}, ([1], 1)),
+        ("1,", 1, {}, ("1,", 1)),
         ("auto", 1, {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "6"}, (2, 3)),
         (4, 8, {"LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "2"}, (1, 2)),
     ],
@@ -152,6 +191,15 @@ def test_devices_follow_the_launch(devices, num_nodes, environ, expected):
     from lightning_plugins.recipes.lightning_cli import launched_devices
 
     assert launched_devices(devices, num_nodes, environ) == expected
+
+
+@pytest.mark.parametrize(("devices", "count"), [("0,1", 2), ("0, 2, 3,", 3), ([0, 1], 2), ("2", 2)])
+def test_several_devices_for_one_process_are_refused(devices, count):
+    from lightning_plugins._support.errors import InputError
+    from lightning_plugins.recipes.lightning_cli import launched_devices
+
+    with pytest.raises(InputError, match=f"one process was launched; start it with --nproc-per-node {count}$"):
+        launched_devices(devices, 1, {})
 
 
 def test_the_newest_readable_checkpoint_is_found(tmp_path):
@@ -168,4 +216,5 @@ def test_the_newest_readable_checkpoint_is_found(tmp_path):
     torch.save([1], tmp_path / "other.ckpt")
     with pytest.warns(UserWarning, match="is no readable checkpoint") as warned:
         assert last_checkpoint(tmp_path) == tmp_path / "a.ckpt"
-    assert len(warned) == 3
+    assert len(warned) == 4
+    assert f"the run goes on from {tmp_path / 'a.ckpt'}, at step 20" in str(warned[-1].message)

@@ -1,10 +1,12 @@
 """Whole or not at all: an interrupted write leaves what was there, and no temporary file."""
 
 import os
+import signal
 
 import pytest
 
-from lightning_plugins._support.atomic import atomic_write
+from lightning_plugins._support.atomic import atomic_write, remove_unfinished
+from lightning_plugins._support.failpoints import armed
 
 
 def test_the_file_appears_whole_with_ordinary_rights(tmp_path):
@@ -33,3 +35,35 @@ def test_an_interrupted_write_changes_nothing(tmp_path, error):
         write_half(path, error)
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def write(path, content):
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def test_a_disk_that_fills_at_the_last_moment_changes_nothing(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"before")
+    with armed("atomic_write/replace=full"), pytest.raises(OSError, match="No space left"):
+        write(path, b"after")
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_kill_before_the_rename_leaves_the_old_file_and_what_can_be_swept(tmp_path):
+    path = tmp_path / "folder" / "a.bin"
+    path.parent.mkdir()
+    write(path, b"before")
+    if (child := os.fork()) == 0:
+        with armed("atomic_write/replace=kill"):
+            write(path, b"after")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert path.read_bytes() == b"before"
+    assert len(list(path.parent.iterdir())) == 2, "the fail-point stands before the file was complete"
+    others = [tmp_path / ".hidden", tmp_path / "mine.part"]
+    for other in others:
+        other.write_bytes(b"")
+    remove_unfinished(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == sorted([path.parent, path, *others])

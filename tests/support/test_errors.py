@@ -1,11 +1,12 @@
 """Which errors become one sentence, judged on real ones: a device that is always full, torch writing to it."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from lightning_plugins._support.errors import InputError, as_input_error, nearest, one_line
-from lightning_plugins._support.optional import require
+from lightning_plugins._support.optional import EXTRAS, require
 
 
 def raised(action):
@@ -57,11 +58,19 @@ def test_a_forbidden_place_is_named():
     assert "--runs-dir DIR" in str(place)
 
 
-def test_a_missing_package_names_the_extra(monkeypatch):
+@pytest.mark.parametrize(("package", "extra"), [("wandb", "wandb"), ("yaml", "cli"), ("PIL.Image", "report")])
+def test_a_missing_package_names_the_extra(monkeypatch, package, extra):
     monkeypatch.setattr("lightning_plugins._support.optional.is_installed", lambda package: False)
-    error = raised(lambda: require("wandb"))
+    error = raised(lambda: require(package))
     assert isinstance(error, ImportError)
-    assert str(as_input_error(error)).endswith("pip install -e '.[wandb]'")
+    assert str(as_input_error(error)).endswith(f"pip install -e '.[{extra}]'")
+
+
+def test_every_package_that_is_required_has_an_extra():
+    package = Path(__file__).parents[2] / "lightning_plugins"
+    required = [name for file in package.rglob("*.py") for name in re.findall(r'require\("(\w+)', file.read_text())]
+    assert "yaml" in required
+    assert set(required) <= set(EXTRAS)
 
 
 def test_refusals_pass_and_defects_do_not():

@@ -3,13 +3,14 @@ byte, and the eight EXIF orientations as numpy flips."""
 
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from lightning_plugins._support.errors import InputError
-from lightning_plugins._support.images import check_panorama, find_panoramas, read_panorama, resize_panorama
+from lightning_plugins._support.images import check_panorama, find_panoramas, name_apart, read_panorama, resize_panorama
 
 cv2 = pytest.importorskip("cv2", reason="OpenCV writes the files that Pillow is tested on")
 
@@ -225,3 +226,18 @@ def test_tiny_missing_and_folder(tmp_path):
         read_panorama(tmp_path / "none.png")
     with pytest.raises(InputError, match="is a folder, not an image"):
         read_panorama(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["b.jpg", "a.png"], ["b", "a"]),
+        (["attic.jpg", "attic.png", "hall.png"], ["attic_jpg", "attic_png", "hall"]),
+        (["Attic.jpg", "attic.png"], ["Attic_jpg", "attic_png"]),  # one file on a file system that ignores case
+        (["attic.jpg", "attic.png", "attic_jpg.png"], ["attic_jpg_2", "attic_png", "attic_jpg"]),
+        (["attic.jpg", "attic.JPG"], ["attic_jpg", "attic_JPG_2"]),
+    ],
+)
+def test_files_of_one_stem_get_names_apart(files, names):
+    assert name_apart(map(Path, files)) == dict(zip(names, map(Path, files), strict=True))
+    assert list(name_apart(map(Path, files))) == names

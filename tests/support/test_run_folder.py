@@ -17,10 +17,12 @@ def test_the_name_is_the_time_and_never_taken_twice(tmp_path):
     assert all(path.parent == tmp_path / "tiny" for path in names)
 
 
-def test_the_record_survives_a_round_trip(tmp_path):
+def test_the_record_survives_a_round_trip(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     run = RunFolder.create(tmp_path, "tiny", ["--x", "1"], target="/some/tiny.yaml")
     again = RunFolder.open(run.path)
-    assert again.read() == {"recipe": "tiny", "target": "/some/tiny.yaml", "options": ["--x", "1"], "finished": []}
+    record = {"recipe": "tiny", "target": "/some/tiny.yaml", "options": ["--x", "1"], "directory": str(tmp_path), "finished": []}
+    assert again.read() == record
     assert not again.is_finished("teacher")
     again.finish("teacher")
     again.finish("teacher")
@@ -41,8 +43,10 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
         RunFolder.create(tmp_path / "file", "tiny", [])
 
 
-def test_launchers_of_several_machines_share_one_folder(tmp_path):
-    first, second = (RunFolder.create(tmp_path, "tiny", ["--x"], shared_name="job7") for _ in range(2))
+def test_launchers_of_several_machines_share_one_folder(tmp_path, monkeypatch):
+    first = RunFolder.create(tmp_path, "tiny", ["--x"], shared_name="job7")
+    monkeypatch.chdir(tmp_path)  # the same working directory may have another name on another machine
+    second = RunFolder.create(tmp_path, "tiny", ["--x"], shared_name="job7")
     assert first.path == second.path == tmp_path / "tiny" / "job7"
     with pytest.raises(InputError, match="the folder of another run; give this one a --rdzv-id of its own"):
         RunFolder.create(tmp_path, "tiny", ["--y"], shared_name="job7")

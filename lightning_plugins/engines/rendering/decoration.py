@@ -105,9 +105,7 @@ def free_interval(
     return low, high
 
 
-def _opening(
-    segment: Segment, u: tuple[float, float], z: tuple[float, float], deep_m: float, side: int, back: int
-) -> Opening:
+def _opening(segment: Segment, u: tuple[float, float], z: tuple[float, float], deep_m: float, side: int, back: int) -> Opening:
     """Return the box behind a wall; its far face has the material ``back``."""
     along, across = (u[0] + u[1]) / 2, segment.at_m + segment.outward * deep_m / 2
     centre = (along, across) if segment.axis == 0 else (across, along)

@@ -1,8 +1,8 @@
 """What rooms there are: the ranges that a scene is drawn from, and the two named distributions, training and held-out.
 
-The two differ in SHAPE (rectangular plans, and plans with a corner missing), in DENSITY of furniture and in TEXTURE FAMILY, and in nothing that sets the metric scale: sizes of
-rooms and heights of cameras have the same ranges in both, so that a score on held-out rooms measures transfer and not a
-shift of scale.
+The two differ in SHAPE (rectangular plans, and plans with a corner missing), in DENSITY of furniture and in TEXTURE FAMILY, and
+in nothing that sets the metric scale: sizes of rooms and heights of cameras have the same ranges in both, so that a score on
+held-out rooms measures transfer and not a shift of scale.
 """
 
 from dataclasses import dataclass

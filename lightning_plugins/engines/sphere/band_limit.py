@@ -14,7 +14,7 @@ from torch import Tensor
 def limit_longitude_band(image: Tensor) -> Tensor:
     """Remove from each row the longitudinal orders that its circle on the sphere cannot carry at the grid's resolution.
 
-    Linear, keeps each row's mean, commutes with rolls by whole columns, differentiable. Half-precision input is computed in float32.
+    Linear, keeps each row's mean, commutes with rolls by whole columns, differentiable. Half precision is computed in float32.
 
     Args:
         image: ``(B, C, H, W)``.

@@ -100,7 +100,7 @@ class SphericalConv2d(nn.Module):
             raise InputError(
                 f"this SphericalConv2d reads (B, {shape}), got {tuple(values.shape)}; with_domain() makes one for another size"
             )
-        # Conv2d refuses values of another precision than its weights; here the higher one computes, and the values' own is returned.
+        # Conv2d refuses values of another precision than its weights; here the higher one computes, and the values' is returned.
         dtype = torch.promote_types(values.dtype, self.weight.dtype)
         kernel = self.weight.permute(2, 1, 0).flatten(0, 1).to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)

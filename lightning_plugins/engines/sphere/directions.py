@@ -28,7 +28,7 @@ def check_size(height: int, width: int) -> None:
     """
     if height < 1 or width < 1:
         raise InputError(
-            f"an equirectangular image needs 1 row and 1 column or more, got {height} x {width}; it is usually twice as wide as high"
+            f"an equirectangular image needs 1 row and 1 column or more, got {height} x {width}; most are twice as wide as high"
         )
 
 

@@ -43,7 +43,8 @@ class Interpolation(nn.Module):
         row, column = entry // shape[1], entry % shape[1]
         order = column.argsort(stable=True)
         self.shape = shape
-        self._exact: Tables = (*_stored(row, column, total, shape[0]), *_stored(column[order], row[order], total[order], shape[1]))
+        transposed = _stored(column[order], row[order], total[order], shape[1])
+        self._exact: Tables = (*_stored(row, column, total, shape[0]), *transposed)
         self._tables = self._copy(self._exact[0].device, torch.get_default_dtype())
 
     @property

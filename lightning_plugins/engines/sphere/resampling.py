@@ -41,7 +41,7 @@ def sample_equirectangular(image: Tensor, directions: Tensor, mode: str = "bilin
             f"for a set of points per image give ({batch}, 1, N, 3)"
         )
     if mode != "nearest" and not image.is_floating_point():
-        raise InputError(f"mode {mode} needs floating point values, got {image.dtype}; convert them with .float(), or take nearest")
+        raise InputError(f"mode {mode} needs floating point values, got {image.dtype}; convert with .float(), or take nearest")
     pixels = _snap(directions_to_pixels(directions, height, width), width)
     base, across, down = padded_taps(pixels, height, width, mode)
     source = pad_equirectangular(image, MARGINS[mode]).flatten(2)
@@ -73,8 +73,8 @@ def _snap(pixels: Tensor, width: int) -> Tensor:
 class Resample(nn.Module):
     """Fixed resampling ``(B, C, *source.shape) -> (B, C, *target.shape)``, made by one of its three constructors.
 
-    The result has the values' dtype; see ``Interpolation`` for the precision in between. Nothing of it is saved in checkpoints: the
-    tables follow from the arguments.
+    The result has the values' dtype; see ``Interpolation`` for the precision in between. Nothing of it is saved in checkpoints:
+    the tables follow from the arguments.
     """
 
     def __init__(self, source: Domain, target: Domain, index: Tensor, weight: Tensor) -> None:

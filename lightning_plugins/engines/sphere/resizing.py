@@ -5,8 +5,8 @@ Target pixel j reads the sources i with the weights of a triangle around its cen
     w_ij ~ max(0, 1 - |i + 1/2 - (j + 1/2) s| / max(s, 1)),        s = sources / targets
 
 That is bilinear interpolation where it enlarges, and where it shrinks a filter as wide as two target pixels. Columns wrap at the
-seam. A row beyond a pole is the row as far before it, read half a turn around: for an odd width between two columns, with the same
-triangle. The weights are exact for every ratio, so that nothing is padded or cropped.
+seam. A row beyond a pole is the row as far before it, read half a turn around: for an odd width between two columns, with the
+same triangle. The weights are exact for every ratio, so that nothing is padded or cropped.
 Cost: a read of the image for every weight of the rows (2 H in all where it shrinks), and a fraction of that for the columns.
 """
 
@@ -31,14 +31,17 @@ def resize_equirectangular(image: Tensor, height: int, width: int) -> Tensor:
         InputError: if the image has another shape, another dtype or no pixels, or a size is below 1.
     """
     if image.ndim != 4 or 0 in image.shape:
-        raise InputError(f"image must have shape (B, C, H, W) without a 0, got {tuple(image.shape)}; add the missing axes with [None]")
+        raise InputError(
+            f"image must have shape (B, C, H, W) without a 0, got {tuple(image.shape)}; add missing axes with [None]"
+        )
     if not image.is_floating_point():
         raise InputError(f"resizing needs floating point values, got {image.dtype}; convert them with .float()")
     if height < 1 or width < 1:
         raise InputError(f"height and width must be 1 or more, got {height} and {width}; a panorama is twice as wide as high")
-    if tuple(image.shape[2:]) == (height, width):
+    source = (image.shape[2], image.shape[3])
+    if source == (height, width):
         return image.clone()
-    resize = _Resize(tuple(image.shape[2:]), (height, width)).to(image)
+    resize = _Resize(source, (height, width)).to(image)
     return torch.stack([resize(planes) for planes in image.unbind()])
 
 
@@ -80,7 +83,7 @@ def _columns(sources: int, targets: int, turn: float) -> Interpolation:
 
 
 def _triangles(sources: int, targets: int, shift: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return target, source (beyond the ends too) and weight of every entry, each ``(targets, taps)``, moved by ``shift`` sources."""
+    """Return target, source (also beyond the ends) and weight of every entry, ``(targets, taps)``, moved by ``shift`` sources."""
     scale = sources / targets
     reach = max(scale, 1.0)
     centre = (torch.arange(targets, dtype=torch.float64)[:, None] + 0.5) * scale + shift

@@ -1,10 +1,10 @@
 """Latitude rings: a near-uniform sampling that keeps a symmetry about the vertical axis.
 
-Row r of ``rows`` lies at colatitude t = pi (r + 1/2) / rows and holds the multiple of ``symmetry`` nearest to ``2 rows sin(t)`` points,
-so that neighbours are pi / rows apart within a ring and between rings. Turning the sphere by 360 / symmetry degrees maps the
-sampling onto itself; Fibonacci points and icospheres have no such turn to match the columns of an equirectangular image.
-Each ring is turned by its own multiple of the golden angle: without it rings line up, and four points on a circle leave open which
-three of them surround a place, so that tables of neighbours would lose the symmetry to rounding.
+Row r of ``rows`` lies at colatitude t = pi (r + 1/2) / rows and holds the multiple of ``symmetry`` nearest to ``2 rows sin(t)``
+points, so that neighbours are pi / rows apart within a ring and between rings. Turning the sphere by 360 / symmetry degrees maps
+the sampling onto itself; Fibonacci points and icospheres have no such turn to match the columns of an equirectangular image.
+Each ring is turned by its own multiple of the golden angle: without it rings line up, and four points on a circle leave open
+which three of them surround a place, so that tables of neighbours would lose the symmetry to rounding.
 """
 
 from math import pi, sin, sqrt

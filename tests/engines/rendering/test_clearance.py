@@ -55,6 +55,8 @@ def test_the_camera_keeps_its_distance_from_walls_and_furniture(base, clearance_
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.endswith("l_shaped")])
 def test_a_notch_is_a_box_in_the_narrowest_rooms(shape):
-    narrow = replace(TRAINING_ROOMS, shapes=(shape,), length_m=(2.5, 2.6), width_m=(2.5, 2.5), camera_clearance_m=1.09, hall_share=0.0)
+    narrow = replace(
+        TRAINING_ROOMS, shapes=(shape,), length_m=(2.5, 2.6), width_m=(2.5, 2.5), camera_clearance_m=1.09, hall_share=0.0
+    )
     for seed in SEEDS:
         assert min(room_scene(seed, narrow).solids[0].half_m) > 0

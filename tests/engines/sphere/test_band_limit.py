@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+
 from lightning_plugins.engines.sphere import limit_longitude_band
 
 

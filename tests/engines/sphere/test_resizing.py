@@ -41,7 +41,15 @@ def smooth(height: int, width: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("source", "target"),
-    [((8, 16), (4, 8)), ((4, 8), (6, 12)), ((9, 14), (4, 6)), ((7, 9), (3, 5)), ((3, 5), (8, 11)), ((5, 8), (5, 6)), ((4, 6), (1, 2))],
+    [
+        ((8, 16), (4, 8)),
+        ((4, 8), (6, 12)),
+        ((9, 14), (4, 6)),
+        ((7, 9), (3, 5)),
+        ((3, 5), (8, 11)),
+        ((5, 8), (5, 6)),
+        ((4, 6), (1, 2)),
+    ],
 )
 def test_equals_the_filter_by_hand(source, target):
     image = torch.randn(2, 3, *source, dtype=torch.float64)

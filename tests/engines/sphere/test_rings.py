@@ -1,9 +1,10 @@
-"""Latitude rings: their symmetry, checked on the sets of points; their uniformity, against the spacing that equal cells would have."""
+"""Latitude rings: their symmetry, checked on the sets of points; their uniformity, against the spacing of equal cells."""
 
 import numpy as np
 import pytest
-from lightning_plugins.engines.sphere import latitude_rings
 from scipy.spatial import cKDTree
+
+from lightning_plugins.engines.sphere import latitude_rings
 
 
 @pytest.mark.parametrize(("rows", "symmetry"), [(4, 1), (8, 4), (16, 8), (32, 3)])

@@ -34,7 +34,9 @@ def exact(table, values):
     return torch.tensor(table[3] @ values.double().numpy())
 
 
-@pytest.mark.parametrize("prepare", [lambda m: m, lambda m: m.double(), lambda m: m.half(), lambda m: m.double().float().bfloat16()])
+@pytest.mark.parametrize(
+    "prepare", [lambda m: m, lambda m: m.double(), lambda m: m.half(), lambda m: m.double().float().bfloat16()]
+)
 def test_double_precision_in_is_a_result_in_double_precision(table, prepare):
     values = torch.randn(SOURCES, 3, dtype=torch.float64, requires_grad=True)
     result = prepare(made(table))(values)
@@ -93,7 +95,9 @@ def test_layers_convert_and_return_what_they_get(dtype):
 def test_tables_are_no_buffers_and_nothing_of_them_is_saved():
     layers = Layers()
     assert list(layers.buffers()) == []
-    assert [name for name, _ in layers.named_parameters()] == list(layers.state_dict()) == ["convolution.weight", "convolution.bias"]
+    assert (
+        [name for name, _ in layers.named_parameters()] == list(layers.state_dict()) == ["convolution.weight", "convolution.bias"]
+    )
 
 
 def test_tables_move_with_their_module():

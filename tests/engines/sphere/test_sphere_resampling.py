@@ -150,7 +150,7 @@ def test_wrong_shapes_and_modes_are_refused():
         sample_equirectangular(image, torch.ones(3, 1, 5, 3))
     with pytest.raises(ValueError, match=r"reads \(B, C, 30\), got \(1, 1, 31\)"):
         Resample.points_to_grid(fibonacci_sphere(30), 4, 8)(torch.zeros(1, 1, 31))
-    with pytest.raises(ValueError, match="mode bilinear needs floating point values, got torch.uint8"):
+    with pytest.raises(ValueError, match=r"mode bilinear needs floating point values, got torch\.uint8"):
         sample_equirectangular(image.byte(), torch.ones(3, 3))
     with pytest.raises(ValueError, match="must be even, got 7"):
         sample_equirectangular(torch.zeros(1, 1, 4, 7), torch.ones(3, 3))
