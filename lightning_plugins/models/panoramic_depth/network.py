@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_plugins._support.errors import InputError
 from lightning_plugins._support.optional import require
-from lightning_plugins.engines.sphere import limit_longitude_band, pixel_directions, wrap_convolutions
+from lightning_plugins.engines.sphere import limit_longitude_band, pad_equirectangular, pixel_directions, wrap_convolutions
 from lightning_plugins.models.panoramic_depth.fusion import build_fusion
 from lightning_plugins.models.panoramic_depth.heads import build_head
 from lightning_plugins.models.panoramic_depth.sphere_branch import SphereBranch
@@ -45,14 +45,19 @@ class Decoder(nn.Module):
         super().__init__()
         self.steps = nn.ModuleList(block(coarse + fine, fine) for fine, coarse in pairwise(widths))
         self.last = block(widths[0], widths[0])
-        # Four values a cell, one for each of its pixels: a convolution at full size would cost as much as a backbone stage.
-        self.to_depth = nn.Conv2d(widths[0], 4, 3, padding=1)
+        self.to_depth = nn.Conv2d(widths[0], 1, 3, padding=1)
 
     def forward(self, pyramid: list[Tensor]) -> Tensor:
         features = pyramid[-1]
         for step, fine in zip(reversed(self.steps), reversed(pyramid[:-1]), strict=True):
             features = step(torch.cat([_double(features), fine], dim=1))
-        return limit_longitude_band(F.pixel_shuffle(self.to_depth(self.last(features)), 2))
+        # At half size: a convolution at full size costs as much as a stage of the backbone, and four depths a cell leave a grid.
+        return limit_longitude_band(_double_smoothly(self.to_depth(self.last(features))))
+
+
+def _double_smoothly(depth: Tensor) -> Tensor:
+    doubled = F.interpolate(pad_equirectangular(depth, 1), scale_factor=2.0, mode="bilinear", align_corners=False)
+    return doubled[..., 2:-2, 2:-2]
 
 
 def _double(features: Tensor) -> Tensor:
