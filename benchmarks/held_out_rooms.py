@@ -1,14 +1,16 @@
 """What the held-out rooms are, and what predictors that see no image score on them: the bar that a depth model must clear.
 
-Run again, and commit, whenever the rooms change. Writes ``results/held_out_rooms.csv`` (the distribution, training beside held-out) and
-``results/trivial_predictors.csv`` (scores under every protocol).
+Run again, and commit, whenever the rooms change. Writes ``results/held_out_rooms.csv`` (the distribution, training beside
+held-out) and ``results/trivial_predictors.csv`` (scores under every protocol).
 """
 
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import torch
 from _results import write_results
+
 from lightning_plugins import RenderedRooms
 from lightning_plugins.engines.rendering import HELD_OUT_ROOMS, TRAINING_ROOMS
 from lightning_plugins.models.panoramic_depth.baselines import trivial_predictors
@@ -23,7 +25,9 @@ def distribution(rooms: RenderedRooms) -> list[dict[str, object]]:
     splits = [rooms.rooms("train"), rooms.rooms("test")]
     quantiles = [np.quantile(split.depth_m[split.mask], (0.05, 0.5, 0.95)) for split in splits]
     for i, name in enumerate(("depth_5_percent_m", "depth_median_m", "depth_95_percent_m")):
-        rows.append({"property": name, **{k: round(float(q[i]), 3) for k, q in zip(("training", "held_out"), quantiles, strict=True)}})
+        rows.append(
+            {"property": name, **{k: round(float(q[i]), 3) for k, q in zip(("training", "held_out"), quantiles, strict=True)}}
+        )
     for name, figure in (
         ("rooms", lambda s: len(s.mask)),
         ("valid_share", lambda s: round(float(s.mask.mean()), 4)),
@@ -34,12 +38,17 @@ def distribution(rooms: RenderedRooms) -> list[dict[str, object]]:
     return rows
 
 
+def expand(depth_m: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """Return the same depth for each image of a batch."""
+    return depth_m.expand(len(image), 1, *depth_m.shape)
+
+
 def main() -> None:
     """Print and write both tables, for the rooms of the recipe's defaults."""
     rooms = RenderedRooms(train_rooms=960, test_rooms=128, height=64, seed=0)
     known = rooms.rooms("train")
     predictors = {
-        name: lambda image, depth_m=torch.from_numpy(depth_m): depth_m.expand(len(image), 1, *depth_m.shape)
+        name: partial(expand, torch.from_numpy(depth_m))
         for name, depth_m in trivial_predictors(known.depth_m, known.mask).items()
     }
     rows = distribution(rooms)

@@ -5,9 +5,9 @@
 Each photograph is rolled through 64 positions, so that the seam visits every place of the scene:
 
 - ``seam_ratio``: mean jump of log depth from the last column to the first, over that between other neighbours; 1 is seamless.
-- ``nadir_spread``: (largest - smallest) / mean of the depths of the last row, which are one point of the floor; the worst position.
-- ``roll_correlation``: correlation of the rolled photograph's log depth with the photograph's rolled log depth; the worst position.
-  Most positions are no multiple of the network's stride.
+- ``nadir_spread``: (largest - smallest) / mean of the depths of the last row, which are one point; the worst position.
+- ``roll_correlation``: correlation of the rolled photograph's log depth with the photograph's rolled log depth; the worst
+  position. Most positions are no multiple of the network's stride.
 
 Writes ``results/photographs.csv``.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from _results import write_results
+
 from lightning_plugins import PanoramicDepth
 from lightning_plugins._support.images import find_panoramas, read_panorama
 from lightning_plugins.models.panoramic_depth.checkpoint import load_module

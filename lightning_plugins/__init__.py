@@ -1,4 +1,7 @@
-"""Ten papers' training systems for PyTorch Lightning. Names resolve on first use: importing this package imports neither torch nor Lightning."""
+"""Ten papers' training systems for PyTorch Lightning.
+
+Names resolve on first use: importing this package imports neither torch nor Lightning.
+"""
 
 from importlib import import_module
 from typing import Any

@@ -42,7 +42,9 @@ def render_rooms(first_seed: int, count: int, height: int, distribution: RoomDis
     return rooms
 
 
-def load_or_render(first_seed: int, count: int, height: int, distribution: RoomDistribution, cache: Path | None, label: str) -> Rooms:
+def load_or_render(
+    first_seed: int, count: int, height: int, distribution: RoomDistribution, cache: Path | None, label: str
+) -> Rooms:
     """Return the rooms, from ``cache`` if they lie there whole; a new or damaged file is written anew.
 
     Raises:

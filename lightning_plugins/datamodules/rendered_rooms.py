@@ -111,10 +111,10 @@ def augment(image: np.ndarray, depth_m: np.ndarray, mask: np.ndarray, generator:
 
 
 class RenderedRooms(LightningDataModule):
-    """Rooms that are ray-cast on the spot; validation and test rooms have shapes, furniture density and textures never trained on.
+    """Rooms that are ray-cast on the spot; those of validation and test have shapes, densities and textures never trained on.
 
-    Batches are dicts of ``image``, ``depth`` (metres), ``mask`` and ``index``. Order and augmentation are functions of seed, epoch and
-    index, so a resumed run sees what it would have seen.
+    Batches are dicts of ``image``, ``depth`` (metres), ``mask`` and ``index``. Order and augmentation are functions of seed, epoch
+    and index, so a resumed run sees what it would have seen, also from the middle of an epoch.
 
     Args:
         train_rooms: number of rooms to train on.
@@ -144,11 +144,18 @@ class RenderedRooms(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("train_rooms", train_rooms), ("val_rooms", val_rooms), ("test_rooms", test_rooms), ("batch_size", batch_size)):
+        for name, value in (
+            ("train_rooms", train_rooms),
+            ("val_rooms", val_rooms),
+            ("test_rooms", test_rooms),
+            ("batch_size", batch_size),
+        ):
             if value < 1:
                 raise InputError(f"{name} must be 1 or more, got {value}")
         if height < 32 or height % 32:
-            raise InputError(f"height must be a multiple of 32 and at least 32 rows, got {height}; 64 trains within minutes on a CPU")
+            raise InputError(
+                f"height must be a multiple of 32 and at least 32 rows, got {height}; 64 trains within minutes on a CPU"
+            )
         if num_workers < 0:
             raise InputError(f"num_workers must be 0 or more, got {num_workers}; 0 loads in the training process")
         if not 0 <= seed < 2**31:

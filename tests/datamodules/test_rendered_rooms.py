@@ -1,8 +1,9 @@
-"""RenderedRooms: the same for the same seed whatever came before, other rooms in each split, a cache that is never believed blindly."""
+"""RenderedRooms: the same for the same seed whatever came before, other rooms in each split, a cache that is checked."""
 
 import numpy as np
 import pytest
 import torch
+
 from lightning_plugins import RenderedRooms
 from lightning_plugins.datamodules.rendered_rooms import augment
 from lightning_plugins.engines.rendering import HELD_OUT_ROOMS, TRAINING_ROOMS, render_room
@@ -108,7 +109,7 @@ def test_the_cache_returns_the_same_rooms_and_survives_damage(tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be written .*; give another folder or none"):
+    with pytest.raises(ValueError, match=r"cannot be written .*; give another folder or none"):
         RenderedRooms(**SMALL, cache=str(tmp_path / "file")).rooms("val")
 
 

@@ -51,9 +51,8 @@ class Noise(LightningDataModule):
 class Notes(Callback):
     """Writes what each rank saw; rank 1 fails in the first attempt, when the epoch begins that is named."""
 
-    def __init__(self, dies: int | None = None, refuses: bool = False):
+    def __init__(self, dies: int | None = None):
         self.dies = dies
-        self.refuses = refuses
 
     def on_train_epoch_start(self, trainer, pl_module):
         attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
@@ -64,10 +63,6 @@ class Notes(Callback):
         attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         with open(os.path.join(trainer.default_root_dir, f"rank-{{trainer.global_rank}}-{{attempt}}"), "w") as file:
             print(trainer.world_size, trainer.num_devices, trainer.current_epoch, trainer.global_step, file=file)
-        if trainer.global_rank == 1 and self.refuses:
-            from lightning_plugins._support.errors import InputError
-
-            raise InputError("rank 1 was given 2, valid is 1; give 1")
 '''
 YAML = {
     "seed_everything": 0,

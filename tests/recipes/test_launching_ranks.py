@@ -34,9 +34,20 @@ def test_two_ranks_share_one_folder_and_started_again_go_on_after_the_last_epoch
     assert (saved["trainer"]["devices"], saved["trainer"]["num_nodes"]) == (2, 1)
 
 
+REFUSAL = """
+import os
+from lightning_plugins._support.errors import InputError
+def main(options, run, resume):
+    if os.environ["RANK"] == "1":
+        try:
+            raise InputError("rank 1 was given 2, valid is 1; give 1")
+        except InputError as error:
+            raise RuntimeError("the strategy failed") from error
+"""
+
+
 def test_what_one_rank_refuses_is_one_sentence(tmp_path):
-    write_parts(tmp_path)
-    done = lightning(tmp_path, "run", "boring.yaml", *TWO, "--trainer.callbacks.refuses=true", **STYLE)
+    done = lightning(tmp_path, "run", "tiny", *TWO, recipe=REFUSAL)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "lightning: rank 1 was given 2, valid is 1; give 1"
     assert "Traceback" not in done.stderr

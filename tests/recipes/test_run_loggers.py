@@ -1,4 +1,4 @@
-"""The W&B run of the recipe, with the real wandb, offline: it is there, it holds no photograph unasked, a resumed run has one too."""
+"""The W&B run of the recipe, with the real wandb, offline: it is there, with no photograph unasked; a resumed run has one too."""
 
 import numpy as np
 import pytest

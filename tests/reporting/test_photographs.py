@@ -1,8 +1,9 @@
 """What is left of a photograph: every pixel in the depth map, at most a million rows' worth of points in the cloud."""
 
 import numpy as np
-from lightning_plugins.reporting.photographs import CLOUD_ROWS, write_photograph
 from PIL import Image
+
+from lightning_plugins.reporting.photographs import CLOUD_ROWS, write_photograph
 
 
 def test_large_photographs_keep_their_depth_map_and_thin_their_cloud(tmp_path):

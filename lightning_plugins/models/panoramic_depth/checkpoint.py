@@ -35,10 +35,16 @@ def load_module(module_class: type[ModuleType], path: str | Path) -> ModuleType:
     try:
         module = module_class(**model_options(checkpoint["hyper_parameters"]))
     except TypeError as error:
-        raise InputError(f"checkpoint {path} is of another model than {name} (its options do not fit); give a file that {name} wrote") from error
+        raise InputError(
+            f"checkpoint {path} is of another model than {name} (its options do not fit); give a file that {name} wrote"
+        ) from error
     weights = {key: value for key, value in checkpoint["state_dict"].items() if not key.startswith("adapters.")}
     expected = module.state_dict()
-    wrong = [key for key in expected.keys() | weights.keys() if key not in weights or key not in expected or weights[key].shape != expected[key].shape]
+    wrong = [
+        key
+        for key in expected.keys() | weights.keys()
+        if key not in weights or key not in expected or weights[key].shape != expected[key].shape
+    ]
     if wrong:
         raise InputError(
             f"checkpoint {path} is of another architecture: {len(wrong)} of {len(expected)} tensors differ, {min(wrong)} first; "
@@ -49,11 +55,13 @@ def load_module(module_class: type[ModuleType], path: str | Path) -> ModuleType:
 
 
 def model_options(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the constructor's options that make the model: without those of its training, and what LightningCLI adds for itself."""
+    """Return the constructor's options that make the model, without its training's and what LightningCLI adds for itself."""
     return {key: value for key, value in hyper_parameters.items() if key not in TRAINING_OPTIONS and not key.startswith("_")}
 
 
-def save_deployed(state: Mapping[str, Tensor], hyper_parameters: Mapping[str, Any], lightning_version: str, path: str | Path) -> None:
+def save_deployed(
+    state: Mapping[str, Tensor], hyper_parameters: Mapping[str, Any], lightning_version: str, path: str | Path
+) -> None:
     """Write a checkpoint in Lightning's format; whole or not at all.
 
     Args:

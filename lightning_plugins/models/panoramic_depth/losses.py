@@ -97,6 +97,6 @@ def distillation(student: list[Tensor], teacher: list[Tensor], mask: Tensor, dis
     """
     total = torch.zeros((), dtype=student[0].dtype, device=student[0].device)
     for ours, theirs in zip(student, teacher, strict=True):
-        cells = F.adaptive_avg_pool2d(mask.to(ours.dtype), ours.shape[-2:])
+        cells = F.adaptive_avg_pool2d(mask.to(ours.dtype), (ours.shape[-2], ours.shape[-1]))
         total = total + distance(ours, theirs.detach(), cells)
     return total / len(student)

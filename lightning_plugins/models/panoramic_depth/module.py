@@ -23,7 +23,7 @@ WIDTHS = [16, 32, 48, 64, 96]
 class ModuleWithDepth(LightningModule):
     """What teacher and student share: validation, the optimizer, and refusing bad learning rates."""
 
-    network: nn.Module
+    network: StudentNetwork | TeacherNetwork
     method: str  # first half of the log keys
 
     def __init__(self, depth_loss: str, learning_rate: float, weight_decay: float, preset: str) -> None:
@@ -65,12 +65,13 @@ class ModuleWithDepth(LightningModule):
         state = {key: value for key, value in self.state_dict().items() if key.startswith("network.")}
         save_deployed(state, self.hparams, LIGHTNING_VERSION, path)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
         steps = self.trainer.estimated_stepping_batches
         if not 0 < steps < float("inf"):
             raise InputError(
-                f"the learning rate's schedule needs a number of steps, and this Trainer has {steps}; give max_epochs or max_steps of 1 or more"
+                f"the learning rate's schedule needs a number of steps, and this Trainer has {steps}; "
+                "give max_epochs or max_steps of 1 or more"
             )
         schedule = OneCycleLR(optimizer, max_lr=self.learning_rate, total_steps=int(steps), pct_start=0.2, div_factor=10)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -96,6 +97,7 @@ class DepthTeacher(ModuleWithDepth):
     """
 
     method = "depth_teacher"
+    network: TeacherNetwork
 
     def __init__(
         self,
@@ -154,6 +156,7 @@ class PanoramicDepth(ModuleWithDepth):
     """
 
     method = "panoramic_depth"
+    network: StudentNetwork
 
     def __init__(
         self,
@@ -184,7 +187,14 @@ class PanoramicDepth(ModuleWithDepth):
         self.teacher_path = teacher if distillation_weight > 0 else None
         self.distance = DISTANCES[distance]
         self.network = StudentNetwork(
-            backbone, backbone_options, pretrained, check_widths(widths), check_sphere_widths(sphere_widths), fusion, head, max_depth_m
+            backbone,
+            backbone_options,
+            pretrained,
+            check_widths(widths),
+            check_sphere_widths(sphere_widths),
+            fusion,
+            head,
+            max_depth_m,
         )
         self.adapters = nn.ModuleList(nn.Conv2d(width, width, 1) for width in widths) if self.teacher_path else None
         # In a tuple, so that torch does not register it: a frozen teacher belongs in no checkpoint and no optimizer.
@@ -193,8 +203,9 @@ class PanoramicDepth(ModuleWithDepth):
     def setup(self, stage: str) -> None:
         if stage != "fit" or self.teacher_path is None or self._teacher is not None:
             return
-        teacher = load_module(DepthTeacher, self.teacher_path).network.eval().requires_grad_(False)
-        if (ours := self.hparams["widths"]) != (theirs := [step[0].out_channels for step in teacher.encoder]):
+        loaded = load_module(DepthTeacher, self.teacher_path)
+        teacher = loaded.network.eval().requires_grad_(False)
+        if (ours := list(self.hparams["widths"])) != (theirs := list(loaded.hparams["widths"])):
             raise InputError(f"teacher {self.teacher_path} has widths {theirs}, the student {ours}; they must be the same")
         self._teacher = (teacher,)
         if self.hparams["decoder_from_teacher"]:
@@ -202,7 +213,12 @@ class PanoramicDepth(ModuleWithDepth):
 
     def on_fit_start(self) -> None:
         if self._teacher is not None:
-            self._teacher[0].to(self.device, self.dtype)
+            like = self._like()
+            self._teacher[0].to(like.device, like.dtype)
+
+    def _like(self) -> Tensor:
+        """Return a tensor of the model's device and precision."""
+        return next(self.network.parameters())
 
     def forward(self, image: Tensor) -> Tensor:
         """Return depth in metres ``(B, 1, H, W)`` of images ``(B, 3, H, W)`` in [0, 1]."""
@@ -233,7 +249,8 @@ class PanoramicDepth(ModuleWithDepth):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if (height := batch["image"].shape[-2]) != self.hparams["image_height"]:
             warnings.warn(
-                f"PanoramicDepth was trained on images of {self.hparams['image_height']} rows and gets {height}; depths will be off",
+                f"PanoramicDepth was trained on images of {self.hparams['image_height']} rows and gets {height}; "
+                "its depths will be off",
                 stacklevel=2,
             )
         return self.predict_depth(batch)
@@ -245,10 +262,17 @@ class PanoramicDepth(ModuleWithDepth):
         Raises:
             InputError: if it is not a 2:1 image of floating point numbers.
         """
-        if image.ndim != 3 or len(image) != 3 or not image.is_floating_point() or abs(image.shape[2] - 2 * image.shape[1]) > 0.01 * image.shape[2]:
-            raise InputError(f"image must be (3, H, 2 H) of floats in [0, 1], got {tuple(image.shape)} of {image.dtype}; crop or pad to 2:1")
+        if (
+            image.ndim != 3
+            or len(image) != 3
+            or not image.is_floating_point()
+            or abs(image.shape[2] - 2 * image.shape[1]) > 0.01 * image.shape[2]
+        ):
+            raise InputError(
+                f"image must be (3, H, 2 H) of floats in [0, 1], got {tuple(image.shape)} of {image.dtype}; crop or pad to 2:1"
+            )
         height = self.hparams["image_height"]
-        small = resize_equirectangular(image[None].to(self.device, self.dtype), height, 2 * height)
+        small = resize_equirectangular(image[None].to(self._like()), height, 2 * height)
         was_training = self.training
         self.eval()  # batch norm must neither see nor learn from a photograph
         log_depth = self.network(small).log()
@@ -266,5 +290,7 @@ def check_widths(widths: list[int]) -> tuple[int, ...]:
 def check_sphere_widths(widths: list[int]) -> tuple[int, ...]:
     """Return the widths as a tuple, refusing more scales than can be fused, and empty ones."""
     if len(widths) > 4 or any(width < 1 for width in widths):
-        raise InputError(f"sphere_widths must be up to four channel counts for strides 4, 8, 16, 32, got {widths}; [] leaves the branch out")
+        raise InputError(
+            f"sphere_widths must be up to four channel counts for strides 4, 8, 16, 32, got {widths}; [] leaves the branch out"
+        )
     return tuple(widths)

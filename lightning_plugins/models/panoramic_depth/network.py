@@ -4,8 +4,8 @@
                     -> spherical branch (points on the sphere) ----+
     teacher:  depth and mask -> small encoder -> pyramid -> decoder -> head
 
-Paper: Liu et al., arXiv 2405.16858. Both pyramids have the same widths and both decoders the same shape, so that each scale of the
-student can be compared with the teacher's after a 1 x 1 adapter, and the student's decoder can start from the teacher's.
+Paper: Liu et al., arXiv 2405.16858. Both pyramids have the same widths and both decoders the same shape, so that each scale
+of the student can be compared with the teacher's after a 1 x 1 adapter, and the student's decoder can start from the teacher's.
 Every convolution pads over the seam and the poles, and rolling the image by the coarsest stride rolls the depth exactly.
 """
 
@@ -30,7 +30,9 @@ IMAGE_CHANNELS = 4  # red, green, blue, height
 def block(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
     """Return convolution 3 x 3, batch norm, ReLU; padding is wrapped by the network that holds it."""
     return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True)
+        nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(channels_out),
+        nn.ReLU(inplace=True),
     )
 
 
@@ -96,10 +98,12 @@ class StudentNetwork(nn.Module):
         super().__init__()
         self.grid_branch = build_backbone(backbone, backbone_options or {}, pretrained)
         self.lateral = nn.ModuleList(
-            nn.Conv2d(info["num_chs"], width, 1) for info, width in zip(self.grid_branch.feature_info, widths, strict=True)
+            nn.Conv2d(count, width, 1) for count, width in zip(backbone_channels(self.grid_branch), widths, strict=True)
         )
         self.sphere_branch = SphereBranch(IMAGE_CHANNELS, sphere_widths) if sphere_widths else None
-        self.fusions = nn.ModuleList(build_fusion(fusion, width, s) for width, s in zip(widths[1:], sphere_widths, strict=False))  # the coarsest has none
+        self.fusions = nn.ModuleList(
+            build_fusion(fusion, width, s) for width, s in zip(widths[1:], sphere_widths, strict=False)
+        )  # the coarsest has none
         self.decoder = Decoder(widths)
         self.head = build_head(head, max_depth_m)
         wrap_convolutions(self)
@@ -132,7 +136,9 @@ class TeacherNetwork(nn.Module):
         max_depth_m: range of the depth head.
     """
 
-    def __init__(self, widths: tuple[int, ...] = (16, 32, 48, 64, 96), head: str = "exponential", max_depth_m: float = 10.0) -> None:
+    def __init__(
+        self, widths: tuple[int, ...] = (16, 32, 48, 64, 96), head: str = "exponential", max_depth_m: float = 10.0
+    ) -> None:
         super().__init__()
         self.encoder = nn.ModuleList(block(a, b, stride=2) for a, b in pairwise((2, *widths)))
         self.decoder = Decoder(widths)
@@ -167,11 +173,18 @@ def build_backbone(name: str, options: dict[str, Any], pretrained: bool) -> nn.M
     try:
         backbone = timm.create_model(name, pretrained=pretrained, features_only=True, in_chans=IMAGE_CHANNELS, **options)
     except (TypeError, RuntimeError, AttributeError) as error:
-        raise InputError(f"timm cannot build {name!r} with features_only and {options}: {error}; choose another backbone or option") from error
+        raise InputError(
+            f"timm cannot build {name!r} with features_only and {options}: {error}; choose another backbone or option"
+        ) from error
     strides = tuple(backbone.feature_info.reduction())
     if strides != STRIDES:
         raise InputError(f"backbone must give features at strides {STRIDES}, {name!r} gives {strides}; resnet18 is one that fits")
     return backbone
+
+
+def backbone_channels(backbone: Any) -> list[int]:
+    """Return the channels of timm's features at each stride."""
+    return list(backbone.feature_info.channels())
 
 
 def check_size(image: Tensor) -> None:
@@ -179,7 +192,9 @@ def check_size(image: Tensor) -> None:
     height, width = image.shape[-2:]
     if width != 2 * height or width % 64:
         near = max(64, round(width / 64) * 64)
-        raise InputError(f"panoramas must be 2:1 and a multiple of 64 wide, got {width} x {height}; resize to {near} x {near // 2}")
+        raise InputError(
+            f"panoramas must be 2:1 and a multiple of 64 wide, got {width} x {height}; resize to {near} x {near // 2}"
+        )
 
 
 def with_height(image: Tensor) -> Tensor:

@@ -1,16 +1,18 @@
-"""The spherical branch: the image on near-uniform points, where a kernel covers the same solid angle at the pole as at the equator.
+"""The spherical branch: the image on near-uniform points, where a kernel covers the same solid angle everywhere.
 
 The image is read once, at the points of stride 2; each stage convolves there and moves on to a quarter of the points. A scale has
 as many points as keep the spacing of its equirectangular grid at the equator: 36 % fewer than pixels, and none crowded at the
-poles. Results are carried to the grids for the fusion. Paper: Liu et al., arXiv 2405.16858; its text leaves lattice and kernel open.
+poles. Results are carried to the grids for the fusion. Paper: Liu et al., arXiv 2405.16858; lattice and kernel are open there.
 Ours are latitude rings, which keep the symmetry that rolls of the image by the network's stride have, and a hexagonal ring.
 """
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_plugins.engines.sphere import Resample, SphericalConv2d, SpherePoints, latitude_rings
+from lightning_plugins.engines.sphere import Resample, SpherePoints, SphericalConv2d, latitude_rings
 
 # Rolling the image by this many columns rolls the result.
 COARSEST_STRIDE = 32
@@ -31,9 +33,7 @@ class SphereBranch(nn.Module):
         super().__init__()
         channels = (image_channels, max(8, widths[0] // 2), *widths)
         anywhere = SpherePoints(latitude_rings(4))
-        self.convolutions = nn.ModuleList(
-            SphericalConv2d(a, b, anywhere, rings=rings, bias=False) for a, b in zip(channels[:-1], channels[1:], strict=True)
-        )
+        self.convolutions = nn.ModuleList(SphericalConv2d(a, b, anywhere, rings=rings, bias=False) for a, b in pairwise(channels))
         self.norms = nn.ModuleList(nn.BatchNorm1d(width) for width in channels[1:])
         self.size = (0, 0)
         self.to_sphere: Resample
@@ -42,19 +42,22 @@ class SphereBranch(nn.Module):
 
     def set_size(self, height: int, width: int) -> None:
         """Make the tables for images of ``height`` x ``width``."""
-        weight = self.convolutions[0].weight
+        like = next(self.norms.parameters())
         turns = width // COARSEST_STRIDE
         scales = [SpherePoints(latitude_rings(height // stride, turns)) for stride in self.strides()]
-        self.convolutions = nn.ModuleList(c.with_domain(p) for c, p in zip(self.convolutions, scales, strict=True)).to(weight.device, weight.dtype)
-        self.to_sphere = Resample.grid_to_points(height // 2, width // 2, scales[0].directions()).to(weight.device, weight.dtype)
+        self.convolutions = nn.ModuleList(
+            convolution.with_domain(points)
+            for convolution, points in zip(self.convolutions, scales, strict=True)
+            if isinstance(convolution, SphericalConv2d)
+        ).to(like.device, like.dtype)
+        self.to_sphere = Resample.grid_to_points(height // 2, width // 2, scales[0].directions()).to(like.device, like.dtype)
         self.pools = nn.ModuleList(
-            Resample.points_to_points(fine.directions(), coarse.directions())
-            for fine, coarse in zip(scales[:-1], scales[1:], strict=True)
-        ).to(weight.device, weight.dtype)
+            Resample.points_to_points(fine.directions(), coarse.directions()) for fine, coarse in pairwise(scales)
+        ).to(like.device, like.dtype)
         self.to_grids = nn.ModuleList(
             Resample.points_to_grid(p.directions(), height // s, width // s)
             for p, s in zip(scales[1:], self.strides()[1:], strict=True)
-        ).to(weight.device, weight.dtype)
+        ).to(like.device, like.dtype)
         self.size = (height, width)
 
     def strides(self) -> list[int]:
@@ -62,7 +65,7 @@ class SphereBranch(nn.Module):
         return [2 ** (stage + 1) for stage in range(len(self.convolutions))]
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Return ``(B, widths[s], H / stride, W / stride)`` for strides 4, 8, 16 ... of an image ``(B, image_channels, H, W)``."""
+        """Return ``(B, widths[s], H / stride, W / stride)`` for strides 4, 8, 16 ... of ``(B, image_channels, H, W)``."""
         if tuple(image.shape[-2:]) != self.size:
             self.set_size(*image.shape[-2:])
         features = self._stage(0, self.to_sphere(F.avg_pool2d(image, 2)))
@@ -74,4 +77,3 @@ class SphereBranch(nn.Module):
 
     def _stage(self, stage: int, features: Tensor) -> Tensor:
         return torch.relu(self.norms[stage](self.convolutions[stage](features)))
-

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from lightning_plugins.models.panoramic_depth.losses import DISTANCES, berhu, berhu_log, distillation
 
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from lightning_plugins.models.panoramic_depth.metrics import NAMES, PRESETS, DepthMetrics, image_metrics
 
 

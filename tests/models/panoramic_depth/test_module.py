@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from lightning_plugins import DepthTeacher, PanoramicDepth, RenderedRooms
 from lightning_plugins._lightning import Callback, Trainer, built_for, seed_everything
 from lightning_plugins.models.panoramic_depth.checkpoint import load_module
@@ -12,7 +13,9 @@ TINY = {"backbone": "test_resnet", "widths": [8, 8, 8, 16, 16], "sphere_widths":
 
 
 def tiny_rooms(**options):
-    return RenderedRooms(**{"train_rooms": 8, "val_rooms": 2, "test_rooms": 2, "height": 32, "batch_size": 4, "seed": 3, **options})
+    return RenderedRooms(
+        **{"train_rooms": 8, "val_rooms": 2, "test_rooms": 2, "height": 32, "batch_size": 4, "seed": 3, **options}
+    )
 
 
 def trainer(folder, **options):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from lightning_plugins.models.panoramic_depth.fusion import FUSIONS, BandGatedFusion, saturated_share
 from lightning_plugins.models.panoramic_depth.heads import HEADS, build_head
 from lightning_plugins.models.panoramic_depth.network import StudentNetwork, TeacherNetwork
@@ -117,7 +118,9 @@ def test_bad_options_are_refused(options, sentence):
         StudentNetwork(**options)
 
 
-@pytest.mark.parametrize(("shape", "sentence"), [((64, 64), "got 64 x 64; resize to 64 x 32"), ((50, 100), "got 100 x 50; resize to 128 x 64")])
+@pytest.mark.parametrize(
+    ("shape", "sentence"), [((64, 64), "got 64 x 64; resize to 64 x 32"), ((50, 100), "got 100 x 50; resize to 128 x 64")]
+)
 def test_other_sizes_are_refused_with_the_nearest_that_fits(shape, sentence):
     with pytest.raises(ValueError, match=sentence):
         StudentNetwork(TINY)(torch.rand(1, 3, *shape))

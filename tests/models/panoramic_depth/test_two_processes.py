@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from lightning_plugins import DepthTeacher, PanoramicDepth, RenderedRooms
 from lightning_plugins._lightning import Callback, Trainer, seed_everything
 
@@ -53,7 +54,9 @@ def test_two_processes_equal_one(ranks, tmp_path):
     start = PanoramicDepth(**TINY, teacher=arguments[0]).state_dict()
     moved = 0.0
     for name, value in alone.items():
-        torch.testing.assert_close(torch.from_numpy(first[0][name]), torch.from_numpy(value), rtol=0, atol=1e-5, msg=f"{name} differs")
+        torch.testing.assert_close(
+            torch.from_numpy(first[0][name]), torch.from_numpy(value), rtol=0, atol=1e-5, msg=f"{name} differs"
+        )
         assert (first[0][name] == second[0][name]).all(), name
         moved = max(moved, float((torch.from_numpy(value) - start[name]).abs().max()))
     assert moved > 1e-3, "nothing was trained"
