@@ -2,9 +2,9 @@
 
     python benchmarks/panoramic_depth.py [--seeds 1] [--epochs 6] [--rooms 1600]
 
-Variants: ``full`` (the recipe), ``no_teacher``, ``random_teacher`` (frozen, never trained), ``no_sphere``, ``squeeze_excite`` and
-``concat`` (other fusions), ``berhu_metres`` (the paper's loss). Every variant sees the same rooms in the same order and takes the same
-number of steps. Scores on the held-out rooms go to ``results/panoramic_depth.csv``, with the share of saturated gates after training.
+Variants: ``full`` (the recipe), ``no_teacher``, ``random_teacher`` (frozen, never trained), ``no_sphere``, ``squeeze_excite``
+and ``concat`` (other fusions), ``berhu_metres`` (the paper's loss). Every variant sees the same rooms in the same order and takes
+as many steps. Scores on the held-out rooms go to ``results/panoramic_depth.csv``, with the share of saturated gates.
 """
 
 import argparse

@@ -113,8 +113,8 @@ def augment(image: np.ndarray, depth_m: np.ndarray, mask: np.ndarray, generator:
 class RenderedRooms(LightningDataModule):
     """Rooms that are ray-cast on the spot; those of validation and test have shapes, densities and textures never trained on.
 
-    Batches are dicts of ``image``, ``depth`` (metres), ``mask`` and ``index``. Order and augmentation are functions of seed, epoch
-    and index, so a resumed run sees what it would have seen, also from the middle of an epoch.
+    Batches are dicts of ``image``, ``depth`` (metres), ``mask`` and ``index``. Order and augmentation are functions of seed,
+    epoch and index, so a resumed run sees what it would have seen, also from the middle of an epoch.
 
     Args:
         train_rooms: number of rooms to train on.
