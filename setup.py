@@ -15,7 +15,7 @@ VERSION = re.search(
 )[1]
 
 VISION = ["torchvision>=0.21", "timm>=1.0.10", "opencv-python-headless>=4.10"]
-CLI = ["jsonargparse[signatures]>=4.39", "rich>=13.7", "click>=8.1"]
+CLI = ["jsonargparse[signatures]>=4.51", "rich>=13.7", "click>=8.1"]
 REPORT = ["matplotlib>=3.8", "jinja2>=3.1", "pillow>=10.4"]
 WANDB = ["wandb>=0.19"]
 TEST = [

@@ -85,4 +85,4 @@ def option_names(parser: Any) -> list[str]:
 def instantiate_key(parser: Any, config: Any, key: str) -> Any:
     """Return what stands under one key of a parsed configuration with new instances in it, and instantiate nothing else."""
     alone = type(config)({key: config[key].clone()})
-    return parser.instantiate_classes(alone, instantiate_groups=False)[key]
+    return parser.instantiate(alone, instantiate_groups=False)[key]
