@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.recipes.test_panoramic_depth import DATA, EPOCHS, SMALL, lightning, run_of
+from tests.recipes.small_recipe import DATA, EPOCHS, SMALL, lightning, run_of
 
 pytestmark = pytest.mark.adapter
 pytest.importorskip("wandb")

@@ -42,6 +42,15 @@ def write(path, content):
         file.write(content)
 
 
+def test_the_old_file_is_replaced_and_not_written_over(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"before")
+    with path.open("rb") as reader:
+        write(path, b"after")
+        assert reader.read() == b"before"
+    assert path.read_bytes() == b"after"
+
+
 def test_a_disk_that_fills_at_the_last_moment_changes_nothing(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"before")

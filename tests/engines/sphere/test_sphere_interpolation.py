@@ -132,6 +132,7 @@ def test_copies_and_pickles_answer_alike():
         assert torch.equal(other(values), layers(values))
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 cannot export a Function applied by its backward")
 def test_can_be_exported():
     layers, values = Layers().eval(), torch.randn(1, 2, 20)
     exported = torch.export.export(layers, (values,)).module()
