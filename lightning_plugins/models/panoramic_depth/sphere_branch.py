@@ -1,6 +1,6 @@
 """The spherical branch: the image on near-uniform points, where a kernel covers the same solid angle everywhere.
 
-The image is read once, at the points of stride 2; each stage convolves there and moves on to a quarter of the points. A scale has
+The image is read once, at the points of stride 4; each stage convolves and moves on to a quarter of the points. A scale has
 as many points as keep the spacing of its equirectangular grid at the equator: 36 % fewer than pixels, and none crowded at the
 poles. Results are carried to the grids for the fusion. Paper: Liu et al., arXiv 2405.16858; lattice and kernel are open there.
 Ours are latitude rings, which keep the symmetry that rolls of the image by the network's stride have, and a hexagonal ring.
@@ -31,7 +31,7 @@ class SphereBranch(nn.Module):
 
     def __init__(self, image_channels: int, widths: tuple[int, ...], rings: tuple[tuple[int, float], ...] = ((6, 1.0),)) -> None:
         super().__init__()
-        channels = (image_channels, max(8, widths[0] // 2), *widths)
+        channels = (image_channels, *widths)
         anywhere = SpherePoints(latitude_rings(4))
         self.convolutions = nn.ModuleList(SphericalConv2d(a, b, anywhere, rings=rings, bias=False) for a, b in pairwise(channels))
         self.norms = nn.ModuleList(nn.BatchNorm1d(width) for width in channels[1:])
@@ -50,28 +50,27 @@ class SphereBranch(nn.Module):
             for convolution, points in zip(self.convolutions, scales, strict=True)
             if isinstance(convolution, SphericalConv2d)
         ).to(like.device, like.dtype)
-        self.to_sphere = Resample.grid_to_points(height // 2, width // 2, scales[0].directions()).to(like.device, like.dtype)
+        self.to_sphere = Resample.grid_to_points(height // 4, width // 4, scales[0].directions()).to(like.device, like.dtype)
         self.pools = nn.ModuleList(
             Resample.points_to_points(fine.directions(), coarse.directions()) for fine, coarse in pairwise(scales)
         ).to(like.device, like.dtype)
         self.to_grids = nn.ModuleList(
             Resample.points_to_grid(p.directions(), height // s, width // s)
-            for p, s in zip(scales[1:], self.strides()[1:], strict=True)
+            for p, s in zip(scales, self.strides(), strict=True)
         ).to(like.device, like.dtype)
         self.size = (height, width)
 
     def strides(self) -> list[int]:
-        """Return the stride of each stage: 2, then those of the results."""
-        return [2 ** (stage + 1) for stage in range(len(self.convolutions))]
+        """Return the stride of each stage."""
+        return [2 ** (stage + 2) for stage in range(len(self.convolutions))]
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Return ``(B, widths[s], H / stride, W / stride)`` for strides 4, 8, 16 ... of ``(B, image_channels, H, W)``."""
         if tuple(image.shape[-2:]) != self.size:
             self.set_size(*image.shape[-2:])
-        features = self._stage(0, self.to_sphere(F.avg_pool2d(image, 2)))
-        results = []
-        for stage, (pool, to_grid) in enumerate(zip(self.pools, self.to_grids, strict=True), start=1):
-            features = self._stage(stage, pool(features))
+        features, results = self.to_sphere(F.avg_pool2d(image, 4)), []
+        for stage, to_grid in enumerate(self.to_grids):
+            features = self._stage(stage, self.pools[stage - 1](features) if stage else features)
             results.append(to_grid(features))
         return results
 
