@@ -55,8 +55,7 @@ class SphereBranch(nn.Module):
             Resample.points_to_points(fine.directions(), coarse.directions()) for fine, coarse in pairwise(scales)
         ).to(like.device, like.dtype)
         self.to_grids = nn.ModuleList(
-            Resample.points_to_grid(p.directions(), height // s, width // s)
-            for p, s in zip(scales, self.strides(), strict=True)
+            Resample.points_to_grid(p.directions(), height // s, width // s) for p, s in zip(scales, self.strides(), strict=True)
         ).to(like.device, like.dtype)
         self.size = (height, width)
 
