@@ -54,7 +54,8 @@ def main(options: list[str], run: RunFolder, resume: bool) -> None:
             fit(cli, run, "teacher", cli.config_init.teacher, knobs.teacher_epochs, loggers, callbacks=[])
         if "student" not in finished:
             epochs = knobs.trainer.max_epochs
-            pictures = PanoramaReport(samples=SHOWN_ROOMS, every_n_epochs=max(1, (epochs or 2) // 2))
+            # Once, after the last epoch.
+            pictures = PanoramaReport(samples=SHOWN_ROOMS, every_n_epochs=epochs or 1)
             fit(cli, run, "student", cli.model, epochs, loggers, callbacks=[pictures])
         trained = load_module(PanoramicDepth, run.path / "student.ckpt")
 
