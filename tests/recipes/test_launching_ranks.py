@@ -3,13 +3,11 @@
 import os
 import signal
 
-import pytest
 import yaml
 
 from tests.recipes.parts import write_parts
 from tests.recipes.programs import lightning, only_run, signalled
 
-pytestmark = pytest.mark.adapter
 TWO = ("--nproc-per-node", "2")
 STYLE = {"LIGHTNING_PLUGINS_NAMESPACE": os.environ.get("LIGHTNING_PLUGINS_NAMESPACE", "pytorch_lightning")}
 

@@ -10,8 +10,6 @@ from PIL import Image
 
 from tests.recipes.small_recipe import SMALL
 
-pytestmark = pytest.mark.adapter
-
 
 def refusals(rank, world_size, folder, cases):
     """Run the command line on each case; return exit codes and what was printed."""

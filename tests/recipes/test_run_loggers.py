@@ -6,7 +6,6 @@ from PIL import Image
 
 from tests.recipes.small_recipe import DATA, EPOCHS, SMALL, lightning, run_of
 
-pytestmark = pytest.mark.adapter
 pytest.importorskip("wandb")
 TINY = [*SMALL, *EPOCHS, "--trainer.max_epochs", "1", "--teacher_epochs", "1"]
 OFFLINE = ["--wandb", "offline"]
