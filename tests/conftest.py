@@ -46,7 +46,7 @@ def nothing_left_behind() -> Iterator[None]:
         time.sleep(0.05)
     namespaces = network.remaining(os.getpid())
     if processes or namespaces:
-        pytest.fail(f"left behind by this session: processes {processes}, network namespaces {namespaces}", pytrace=False)
+        pytest.fail(f"left behind by these tests: processes {processes}, network namespaces {namespaces}", pytrace=False)
 
 
 @pytest.fixture(scope="session")

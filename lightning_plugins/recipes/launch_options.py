@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Callable
 from typing import Any, NoReturn
 from uuid import uuid4
 
@@ -126,25 +127,16 @@ def run_parser() -> Parser:
     return parser
 
 
-def _processes(text: str) -> str:
-    if not re.fullmatch(r"[1-9]\d*|gpu|cpu|auto", text):
-        raise argparse.ArgumentTypeError(f"got {text}, must be a number from 1, or gpu, cpu or auto")
-    return text
+def _matching(pattern: str, valid: str) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"got {text}, must be {valid}")
+        return text
+
+    return check
 
 
-def _machines(text: str) -> str:
-    if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", text):
-        raise argparse.ArgumentTypeError(f"got {text}, must be a number from 1, or two as MIN:MAX")
-    return text
-
-
-def _count(text: str) -> str:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"got {text}, must be a number from 0")
-    return text
-
-
-def _seconds(text: str) -> str:
-    if not re.fullmatch(r"\d+(\.\d+)?", text):
-        raise argparse.ArgumentTypeError(f"got {text}, must be a number of seconds")
-    return text
+_processes = _matching(r"[1-9]\d*|gpu|cpu|auto", "a number from 1, or gpu, cpu or auto")
+_machines = _matching(r"[1-9]\d*(:[1-9]\d*)?", "a number from 1, or two as MIN:MAX")
+_count = _matching(r"\d+", "a number from 0")
+_seconds = _matching(r"\d+(\.\d+)?", "a number of seconds")

@@ -43,6 +43,7 @@ class ModuleWithDepth(LightningModule):
         return f"{type(self).__name__}({self.hparams_initial}) [{built_for()}]"
 
     def predict_depth(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return depth in metres ``(B, 1, H, W)``: the teacher's from depth and mask, the student's from the image."""
         raise NotImplementedError
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
