@@ -10,6 +10,8 @@ IMAGE ?=
 OPTIONS ?=
 # Tests to run: make test TESTS=tests/engines
 TESTS ?= tests
+# Processes that share the tests out, file by file.
+WORKERS ?= 2
 LIGHT := not slow and not gpu
 
 .PHONY: demo test test-slow test-oldest lint docs bench clean
@@ -30,8 +32,8 @@ test test-slow test-oldest: export OMP_NUM_THREADS ?= 1
 # The whole suite under pytorch_lightning, then what knows Lightning once more under lightning.pytorch. TESTS may hold nothing
 # of the latter, and pytest exits with 5 where it selects nothing.
 test: $(VENV)/installed
-	LIGHTNING_PLUGINS_NAMESPACE=pytorch_lightning $(BIN)/python -m pytest $(TESTS) -m "$(LIGHT)"
-	LIGHTNING_PLUGINS_NAMESPACE=lightning.pytorch $(BIN)/python -m pytest $(TESTS) -m "adapter and $(LIGHT)" || [ $$? -eq 5 ]
+	LIGHTNING_PLUGINS_NAMESPACE=pytorch_lightning $(BIN)/python -m pytest $(TESTS) -n $(WORKERS) --dist loadfile -m "$(LIGHT)"
+	LIGHTNING_PLUGINS_NAMESPACE=lightning.pytorch $(BIN)/python -m pytest $(TESTS) -n $(WORKERS) --dist loadfile -m "adapter and $(LIGHT)" || [ $$? -eq 5 ]
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest $(TESTS) -m "slow"
@@ -42,7 +44,7 @@ $(OLDEST)/installed: setup.py pyproject.toml constraints-oldest.txt
 	@touch $@
 
 test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest $(TESTS) -m "$(LIGHT)"
+	$(OLDEST)/bin/python -m pytest $(TESTS) -n $(WORKERS) --dist loadfile -m "$(LIGHT)"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

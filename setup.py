@@ -21,6 +21,7 @@ WANDB = ["wandb>=0.19"]
 TEST = [
     "pytest>=8.2",
     "pytest-timeout",
+    "pytest-xdist",
     "hypothesis",
     "scipy",
     "psutil",
