@@ -327,7 +327,7 @@ class Handle:
             if rank in self._errors:
                 lines.append(f"rank {rank} of {self.world_size} raised\n{self._errors[rank]}")
             elif self._codes.get(rank, 0) < 0:
-                lines.append(f"rank {rank} of {self.world_size} was killed by {signal.Signals(-self._codes[rank]).name}")
+                lines.append(f"rank {rank} of {self.world_size} was killed by {_signal_name(-self._codes[rank])}")
             elif rank in self._codes:
                 returned = "returned" if rank in self._results else "did not return"
                 lines.append(f"rank {rank} of {self.world_size} {returned} and ended with exit code {self._codes[rank]}")
@@ -357,6 +357,14 @@ class Handle:
 
     def _stack(self, rank: int) -> str:
         return _read(stacks_file(self._folder, rank)).strip()
+
+
+def _signal_name(number: int) -> str:
+    """Name a signal; those between SIGRTMIN and SIGRTMAX have none of their own."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number} (SIGRTMIN + {number - signal.SIGRTMIN})"
 
 
 def _read(path: str) -> str:
