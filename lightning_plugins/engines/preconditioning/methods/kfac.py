@@ -1,0 +1,168 @@
+"""K-FAC: a Fisher matrix of Kronecker products, one per layer, inverted factor by factor.
+
+    P = (G + sqrt(lambda)/pi I)^-1  V  (A + pi sqrt(lambda) I)^-1        pi = sqrt(mean diag A / mean diag G)
+
+Papers: Martens and Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", 2015; Grosse and Martens,
+2016 (convolutions); Eschenhagen et al., 2023 (expand and reduce). We put the bias into ``A`` as an input that is always 1, and
+correct the averages' bias, so that the first step sees its own factors and no identity.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_plugins.engines.preconditioning.blocks import MethodEntry, State
+from lightning_plugins.engines.preconditioning.kronecker import KroneckerFactors
+from lightning_plugins.engines.preconditioning.layers import Layer
+from lightning_plugins.engines.preconditioning.linear_algebra import Trouble, damped_inverse
+from lightning_plugins.engines.preconditioning.settings import (
+    POSITIONS,
+    Positions,
+    check_choice,
+    check_count,
+    check_decay,
+)
+
+# A factor that is all zeros (a dead layer) must not make the other's share of the damping infinite.
+_FLOOR = 1e-12
+
+
+@dataclass(frozen=True)
+class KFACSettings:
+    """Options of K-FAC.
+
+    Args:
+        positions: ``expand`` (every position is an example) or ``reduce`` (positions are averaged first).
+        decay: of the running averages of the factors.
+        max_dim: factors wider than this become block-diagonal.
+        relative_damping: damping is multiplied by the mean diagonal of the layer's curvature, so that it does not depend on the
+            scale of the loss.
+
+    Raises:
+        InputError: where a value is out of range.
+    """
+
+    positions: Positions = "expand"
+    decay: float = 0.95
+    max_dim: int = 1024
+    relative_damping: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("positions", self.positions, POSITIONS)
+        check_decay("decay", self.decay)
+        check_count("max_dim", self.max_dim)
+
+
+class KFAC:
+    """K-FAC's state of one layer; see :class:`~lightning_plugins.engines.preconditioning.blocks.TappedBlock`."""
+
+    def __init__(self, layer: Layer, settings: KFACSettings, fisher: str) -> None:
+        self.layers = (layer,)
+        self.settings = settings
+        self.trouble = Trouble()
+        self.factors = KroneckerFactors(
+            layer, settings.positions, settings.decay, settings.max_dim, with_outputs=fisher != "forward"
+        )
+        blocks, out_dim, in_dim = layer.shape
+        widths = [out_dim / self.factors.output_pieces] * self.factors.output_pieces
+        widths += [] if self.factors.diagonal_inputs else [in_dim / self.factors.input_pieces] * self.factors.input_pieces
+        self.refresh_cost = blocks * sum(width**3 for width in widths)
+        self._inverses: list[Tensor] = []
+
+    @property
+    def rows(self) -> int:
+        return self.factors.rows
+
+    def accumulate_inputs(self, layer: Layer, x: Tensor) -> None:
+        self.factors.accumulate_inputs(x)
+
+    def accumulate_output_gradients(self, layer: Layer, x: Tensor, gradient: Tensor, scale: float) -> None:
+        self.factors.accumulate_output_gradients(gradient, scale)
+
+    def finish_pass(self) -> None:
+        """Nothing waits for the end of a pass: every row counts by itself."""
+
+    def pending(self) -> list[Tensor]:
+        return self.factors.pending()
+
+    def fold(self, rows: int, terms: float) -> None:
+        self.factors.fold(rows, terms)
+
+    def clear(self) -> None:
+        self.factors.clear()
+
+    def refresh(self, damping: float) -> None:
+        """Invert both factors with the damping split between them; a factor that cannot be inverted keeps its last inverse."""
+        inputs, outputs = self.factors.inputs.value, self.factors.outputs.value
+        assert inputs is not None
+        input_ridge, output_ridge = self._ridges(damping)
+        new: list[Tensor | None] = []
+        if self.factors.diagonal_inputs:
+            new.append((inputs + input_ridge).reciprocal())
+        else:
+            new.append(damped_inverse(inputs, input_ridge[:, None, None], self.trouble))
+        if outputs is not None:
+            new.append(damped_inverse(outputs, output_ridge[:, None, None], self.trouble))
+        if not self._inverses:
+            self._inverses = [torch.ones_like(i) if i.ndim == 1 else _identities(i) for i in self._factor_values()]
+        if None not in new:  # the two belong together: their ridges share one lambda
+            self._inverses = [inverse for inverse in new if inverse is not None]
+
+    def derived(self) -> list[Tensor]:
+        if not self._inverses:
+            self._inverses = [torch.empty_like(factor) for factor in self._factor_values()]
+        return self._inverses
+
+    def directions(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Return ``G^-1 V A^-1``, or the gradient itself as long as no inverse could be made."""
+        (gradient,) = gradients
+        if not self._inverses:
+            return [gradient]
+        blocked = self.factors.blocked(gradient)
+        input_inverse = self._inverses[0]
+        blocked = blocked * input_inverse if self.factors.diagonal_inputs else blocked @ input_inverse.unsqueeze(1)
+        if len(self._inverses) == 2:
+            blocked = self._inverses[1].unsqueeze(2) @ blocked
+        return [self.factors.unblocked(blocked).to(gradient.dtype)]
+
+    def state_dict(self) -> State:
+        return {"factors": self.factors.state_dict(), "inverses": list(self._inverses)}
+
+    def load_state_dict(self, state: State, device: torch.device) -> None:
+        self.factors.load_state_dict(state["factors"], device)
+        self._inverses = [inverse.to(device, copy=True) for inverse in state["inverses"]]
+
+    def _factor_values(self) -> list[Tensor]:
+        values = (self.factors.inputs.value, self.factors.outputs.value)
+        return [value for value in values if value is not None]
+
+    def _ridges(self, damping: float) -> tuple[Tensor, Tensor]:
+        """Return what is added to the diagonals of ``A`` and ``G``, each ``(B,)``: their product is the damping."""
+        input_trace, output_trace = (trace.clamp_min(_FLOOR) for trace in self.factors.mean_traces())
+        absolute = (
+            damping * input_trace * output_trace if self.settings.relative_damping else torch.full_like(input_trace, damping)
+        )
+        if not self.factors.with_outputs:
+            return absolute, torch.zeros_like(absolute)
+        split = (input_trace / output_trace).sqrt()
+        return absolute.sqrt() * split, absolute.sqrt() / split
+
+
+def _identities(like: Tensor) -> Tensor:
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand_as(like).contiguous()
+
+
+ENTRY = MethodEntry(
+    curvature="Fisher",
+    granularity="layer, Kronecker-factored",
+    solver="Cholesky, damping split between the factors",
+    extra_passes="empirical 0; mc: a backward pass a sample; exact: a backward pass a class",
+    memory="2 (I^2 + O^2)",
+    fishers=("empirical", "mc", "exact", "forward"),
+    settings=KFACSettings,
+    make=KFAC,
+    symmetric_sums=True,
+    damping=0.03,
+)

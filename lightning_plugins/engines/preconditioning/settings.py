@@ -1,0 +1,29 @@
+"""Checks that the settings of several methods share."""
+
+from typing import Literal
+
+from lightning_plugins._support.errors import InputError
+
+
+def check_decay(name: str, value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise InputError(f"{name} must be in [0, 1), got {value}; 0.95 averages over about 20 updates, 0 keeps the newest alone")
+
+
+def check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise InputError(f"{name} must be above 0, got {value}")
+
+
+def check_count(name: str, value: int) -> None:
+    if value < 1 or value != int(value):
+        raise InputError(f"{name} must be a whole number of 1 or more, got {value}")
+
+
+def check_choice(name: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise InputError(f"{name} must be one of {', '.join(valid)}, got {value!r}")
+
+
+Positions = Literal["expand", "reduce"]
+POSITIONS = ("expand", "reduce")

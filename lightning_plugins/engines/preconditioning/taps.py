@@ -1,0 +1,64 @@
+"""Taps: what goes into every layer, paired with the gradient of what came out of it.
+
+A forward hook registers a hook on the output *tensor*, whose closure owns the input. So the two always belong together, also when
+a module is called several times, when an in-place activation follows it (a module's full backward hook raises there), under both
+kinds of activation checkpointing, and when some calls never reach the loss.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_plugins._support.errors import InputError
+from lightning_plugins.engines.preconditioning.layers import Layer
+
+Sink = Callable[[Layer, Tensor, Tensor], None]
+
+
+class Taps:
+    """Forward hooks on layers, which hand ``(layer, input, gradient of the output)`` to a sink during every backward pass.
+
+    Args:
+        layers: layer by tapped module; two modules that share a weight share a layer.
+        sink: called from within the backward pass; what is expensive may be queued there and done later.
+
+    Attributes:
+        armed: whether forward passes are tapped at all. A plain bool, so that a compiled module recompiles at most once for it.
+        receiving: whether backward passes hand anything to the sink.
+    """
+
+    def __init__(self, layers: Sequence[tuple[nn.Module, Layer]], sink: Sink) -> None:
+        self.armed = True
+        self.receiving = True
+        self._sink = sink
+        compiled = [layer.name for module, layer in layers if getattr(module, "_compiled_call_impl", None) is not None]
+        if compiled:
+            raise InputError(
+                f"{compiled[0]} was compiled before the preconditioner was attached, and compiled code ignores later hooks; "
+                "attach first, then call torch.compile"
+            )
+        self._handles: list[RemovableHandle] = [module.register_forward_hook(self._hook(layer)) for module, layer in layers]
+
+    def _hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def tap(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            if not self.armed or not isinstance(output, Tensor) or not output.requires_grad:
+                return
+            given = inputs[0].detach()
+
+            def receive(gradient: Tensor) -> None:
+                if self.receiving:
+                    with torch.no_grad():
+                        self._sink(layer, given, gradient.detach())
+
+            output.register_hook(receive)
+
+        return tap
+
+    def remove(self) -> None:
+        """Leave the modules without a hook of ours."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
