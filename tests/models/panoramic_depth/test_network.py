@@ -100,6 +100,8 @@ def test_heads_start_at_a_quarter_of_the_range_and_keep_to_it():
         assert float(head(torch.zeros(()))) == pytest.approx(2.0)
         assert head(torch.tensor([-1e4, 1e4])).isfinite().all()
     assert float(build_head("sigmoid", 8.0)(torch.tensor(50.0))) == pytest.approx(8.0)
+    least, most = build_head("exponential", 8.0)(torch.tensor([-50.0, 50.0])).tolist()
+    assert (least, most) == (pytest.approx(0.01), pytest.approx(1000.0))
 
 
 @pytest.mark.parametrize(
