@@ -52,6 +52,7 @@ def test_bad_input_is_one_sentence_before_anything_is_trained(finished, ranks, t
         (["--trainer.max_epochs", "-1"], "trainer.max_epochs must be 1 or more, got -1"),
         (["--trainer.max_epochs", "0"], "trainer.max_epochs must be 1 or more, got 0"),
         (["--trainer.max_steps", "0"], "trainer.max_steps must be 1 or more, got 0"),
+        (["--trainer.logger", "false"], "trainer.logger cannot act, got False"),
         (["--trainer.strategy", "wibble"], "invalid strategy name"),
         (["--trainer.precision", "wibble"], "trainer.precision must be"),
         (["--model.teacher", str(tmp_path / "none.ckpt")], "none.ckpt does not exist"),
