@@ -5,6 +5,7 @@ gradients of the whole: divided by the number of terms, by accumulation, multipl
 are found here by one exact step: the gradient of the final scalar with respect to the loss node's output.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_plugins._support.errors import InputError
+from lightning_plugins.engines.preconditioning.blocks import statistics_dtype
 
 Form = Literal["cross_entropy", "squared_error", "binary_cross_entropy"]
 FORMS = ("cross_entropy", "squared_error", "binary_cross_entropy")
@@ -21,6 +23,9 @@ FORMS = ("cross_entropy", "squared_error", "binary_cross_entropy")
 # What multiplies or reshapes a scalar without making it another loss.
 _WRAPPERS = ("MulBackward", "DivBackward", "NegBackward", "ViewBackward", "ReshapeBackward", "SqueezeBackward", "ToCopyBackward",
              "CloneBackward", "AliasBackward", "UnsqueezeBackward")  # fmt: skip
+# What stands between a log-softmax and the loss and leaves every log-probability in its place.
+_RESHAPES = ("ViewBackward", "UnsqueezeBackward", "SqueezeBackward", "ReshapeAliasBackward", "ToCopyBackward")
+_TINY = torch.finfo(torch.float32).tiny
 _REDUCTIONS = {0: "none", 1: "mean", 2: "sum"}
 
 
@@ -30,7 +35,8 @@ class Loss:
 
     Attributes:
         form: which of the known losses, or None.
-        factor: what multiplies the loss on its way into the final scalar: 1 / accumulation, the scaler of mixed precision.
+        factor: what multiplies the loss on its way into the final scalar: 1 / accumulation, the scaler of mixed precision; 0
+            says that the loss does not count, and then neither do its terms.
         mean: whether the loss is a mean over its terms; else their sum.
         terms: how many terms it has; None where the graph does not tell, and it is the number of examples that layers see.
         root: name of the graph's node, for messages.
@@ -51,31 +57,53 @@ class Loss:
     classes_axis: int = -1
 
     def scale(self, terms: float) -> float:
-        """Return what the gradient of one of ``terms`` terms was multiplied by on its way into the final scalar."""
-        return self.factor / terms if self.mean else self.factor
+        """Return what the gradient of one of ``terms`` terms was multiplied by on its way into the final scalar.
+
+        It is never negative: what is minimised is the loss with its sign. Without terms there is nothing to divide by.
+        """
+        factor = abs(self.factor)
+        if not factor or not terms:
+            return 1.0
+        return factor / terms if self.mean else factor
 
 
 def _name(node: Node | None) -> str:
     return "" if node is None else node.name().split("::")[-1].rstrip("0123456789")
 
 
-def _below(node: Node) -> GradientEdge:
-    """Return the edge to a node's first input."""
-    child, index = node.next_functions[0]
-    assert child is not None
-    return GradientEdge(child, index)
+def _signed(value: int) -> int:
+    """Undo what torch's binding does to a negative number: it comes as 2^64 more."""
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _below(node: Node) -> GradientEdge | None:
+    """Return the edge to what a loss compares with its targets, or None if both or neither depend on the parameters."""
+    edges = [GradientEdge(child, index) for child, index in node.next_functions if child is not None]
+    return edges[0] if len(edges) == 1 else None
+
+
+def _examples(values: Tensor) -> tuple[int, int]:
+    """Return how many examples a prediction is of, and its entries per example."""
+    examples = values.shape[0] if values.ndim else 1
+    return examples, max(1, values.numel() // max(1, examples))
 
 
 def _unwrapped(loss: Tensor) -> Node:
-    """Return the node below multiplications, divisions and reshapes by constants."""
+    """Return the node below multiplications and divisions by constants, reshapes, and reductions of one number."""
     node = loss.grad_fn
     assert node is not None
-    while _name(node) in _WRAPPERS:
+    while _name(node) in _WRAPPERS or _reduces_nothing(node):
         inner = [child for child, _ in node.next_functions if child is not None]
         if len(inner) != 1:  # a product of two losses
             return node
         node = inner[0]
     return node
+
+
+def _reduces_nothing(node: Node) -> bool:
+    """Whether a node is the mean or the sum of one number: ``loss.mean()`` of what was reduced before."""
+    sizes: Any = getattr(node, "_saved_self_sym_sizes", None)
+    return _name(node) in ("MeanBackward", "SumBackward") and sizes is not None and math.prod(sizes) == 1
 
 
 def _factor(loss: Tensor, node: Node) -> float:
@@ -103,65 +131,89 @@ def read_loss(loss: Tensor) -> Loss:
     node = _unwrapped(loss)
     factor = _factor(loss, node)
     name = _name(node)
-    saved: Any = node
     if name in ("NllLossBackward", "NllLossNdBackward", "NllLoss2DBackward"):
-        return _cross_entropy(saved, name, factor)
-    if name == "MseLossBackward":
-        values = saved._saved_self
-        mean = _REDUCTIONS[saved._saved_reduction] == "mean"
-        # A term is an example: its loss is the mean (or the sum) over the example's entries.
-        curvature = torch.full((), 2.0 / values[0].numel() if mean else 2.0, dtype=values.dtype, device=values.device)
-        return Loss("squared_error", factor, mean, len(values), name, _below(node), values, curvature)
-    if name == "BinaryCrossEntropyWithLogitsBackward":
-        return _binary(saved, node, name, factor)
-    summed = name == "SumBackward" or _REDUCTIONS.get(getattr(saved, "_saved_reduction", -1)) == "sum"
-    return Loss(None, factor, not summed, None, name)
+        read = _cross_entropy(node, name, factor)
+    elif name in ("MseLossBackward", "BinaryCrossEntropyWithLogitsBackward"):
+        read = _entrywise(node, name, factor)
+    else:
+        summed = name == "SumBackward" or _REDUCTIONS.get(getattr(node, "_saved_reduction", -1)) == "sum"
+        read = Loss(None, factor, not summed, None, name)
+    if not factor:
+        read.terms = 0.0
+    return read
 
 
 def _cross_entropy(saved: Any, name: str, factor: float) -> Loss:
-    log_probabilities, target = saved._saved_self, saved._saved_target
-    axis = 1 if log_probabilities.ndim > 1 else 0
-    weight = saved._saved_weight
-    kept = target != saved._saved_ignore_index
-    weights = kept.to(log_probabilities.dtype)
-    if weight is not None:
-        weights = weights * weight[target.clamp(0, len(weight) - 1)]
+    """Read a negative log-likelihood: a term per target that is not ignored, as much of one as its class weighs."""
+    chosen, target, class_weights = saved._saved_self, saved._saved_target, saved._saved_weight
+    weights = (target != _signed(saved._saved_ignore_index)).to(statistics_dtype(chosen.dtype))
+    if class_weights is not None:
+        weights = weights * class_weights[target.clamp(0, len(class_weights) - 1)]
     terms = float(weights.sum())
     mean = _REDUCTIONS[saved._saved_reduction] == "mean"
-    below = [child for child, _ in saved.next_functions if child is not None]
-    inner: Any = below[0] if below else None
-    while _name(inner) in ("ViewBackward", "UnsqueezeBackward", "SqueezeBackward", "ReshapeAliasBackward", "ToCopyBackward"):
+    inner: Any = saved.next_functions[0][0]
+    while _name(inner) in _RESHAPES:
         inner = inner.next_functions[0][0]
     if _name(inner) != "LogSoftmaxBackward":
         return Loss(None, factor, mean, terms, name)
     values = inner._saved_result
-    if values.shape != log_probabilities.shape:  # one axis of positions: torch makes an image of one row of it
-        weights = weights.reshape(values.shape[:1] + values.shape[2:])
-    edge = _below(inner)
-    return Loss("cross_entropy", factor, mean, terms, name, edge, values, weights.unsqueeze(axis), axis)
+    axis = _classes_axis(values, _signed(inner._saved_dim), chosen)
+    if axis is None:
+        return Loss(None, factor, mean, terms, name)
+    shape = [size for index, size in enumerate(values.shape) if index != axis]
+    return Loss("cross_entropy", factor, mean, terms, name, _below(inner), values, weights.reshape(shape).unsqueeze(axis), axis)
 
 
-def _binary(saved: Any, node: Node, name: str, factor: float) -> Loss:
-    values = saved._saved_self
+def _classes_axis(values: Tensor, normalized: int, chosen: Tensor) -> int | None:
+    """Return the axis of classes of log-probabilities, or None where a reshape on their way to the loss moved them.
+
+    Args:
+        values: what the log-softmax returned.
+        normalized: the axis that it summed over.
+        chosen: ``values`` as the loss saw them, after reshapes; torch makes an image of one row of a sequence or a volume.
+    """
+    axis = normalized % max(1, values.ndim)
+    loss_axis = 1 if chosen.ndim > 1 else 0
+    if values.shape[axis] != chosen.shape[loss_axis]:
+        return None
+    before = math.prod(values.shape[:axis]) == math.prod(chosen.shape[:loss_axis])
+    return axis if before else None
+
+
+def _entrywise(saved: Any, name: str, factor: float) -> Loss:
+    """Read a loss that is a mean or a sum over entries: a term per example, the mean or the sum over the entries of it."""
     mean = _REDUCTIONS[saved._saved_reduction] == "mean"
-    if saved._saved_pos_weight is not None:
-        return Loss(None, factor, mean, len(values), f"{name} with pos_weight")
-    curvature = torch.full((), 1.0 / values[0].numel() if mean else 1.0, dtype=values.dtype, device=values.device)
-    if saved._saved_weight is not None:
+    squared = name == "MseLossBackward"
+    values = saved._saved_self
+    if squared and saved.next_functions[0][0] is None:  # called with the target first, which torch allows
+        values = saved._saved_target
+    examples, entries = _examples(values)
+    edge = _below(saved)
+    if edge is None:
+        return Loss(None, factor, mean, examples, f"{name} whose target depends on the parameters")
+    if not squared and saved._saved_pos_weight is not None:
+        return Loss(None, factor, mean, examples, f"{name} with pos_weight")
+    curvature = _entry_curvature(values, 2.0 if squared else 1.0, entries if mean else 1)
+    if not squared and saved._saved_weight is not None:
         curvature = curvature * saved._saved_weight
-    return Loss("binary_cross_entropy", factor, mean, len(values), name, _below(node), values, curvature)
+    form: Form = "squared_error" if squared else "binary_cross_entropy"
+    return Loss(form, factor, mean, examples, name, edge, values, curvature)
+
+
+def _entry_curvature(values: Tensor, curvature: float, entries: int) -> Tensor:
+    return torch.full((), curvature / entries, dtype=statistics_dtype(values.dtype), device=values.device)
 
 
 def given_loss(form: str, logits: Tensor) -> Loss:
     """Return the loss of a form that the user named, on logits that the user gave; the mean over its terms.
 
     Args:
-        form: ``cross_entropy`` (classes on axis 1; one term per target), ``squared_error`` or
+        form: ``cross_entropy`` (classes on axis 1; one term per target, none of them ignored), ``squared_error`` or
             ``binary_cross_entropy`` (one term per example, the mean over its entries).
         logits: with their graph.
 
     Raises:
-        InputError: for another form, or logits without a graph.
+        InputError: for another form, logits without a graph, or without an axis of classes.
     """
     check_form(form)
     if logits.grad_fn is None:
@@ -169,12 +221,14 @@ def given_loss(form: str, logits: Tensor) -> Loss:
     edge = GradientEdge(logits.grad_fn, logits.output_nr)
     values = logits.detach()
     if form == "cross_entropy":
+        if values.ndim < 2:
+            raise InputError(f"the logits of a cross-entropy must be (N, classes, ...), got shape {tuple(values.shape)}")
         terms = values.numel() / values.shape[1]
         return Loss("cross_entropy", 1.0, True, terms, form, edge, values.log_softmax(1), None, 1)
-    per_entry = (2.0 if form == "squared_error" else 1.0) / values[0].numel()
-    curvature = torch.full((), per_entry, dtype=values.dtype, device=values.device)
     known: Form = "squared_error" if form == "squared_error" else "binary_cross_entropy"
-    return Loss(known, 1.0, True, len(values), form, edge, values, curvature)
+    examples, entries = _examples(values)
+    curvature = _entry_curvature(values, 2.0 if known == "squared_error" else 1.0, entries)
+    return Loss(known, 1.0, True, examples, form, edge, values, curvature)
 
 
 def check_form(form: str) -> None:
@@ -194,10 +248,11 @@ def sampled_seeds(loss: Loss, samples: int, generator: torch.Generator | None) -
     values, weights = _known(loss, "mc")
     for _ in range(samples):
         if loss.form == "cross_entropy":
-            probabilities = values.exp().movedim(loss.classes_axis, -1)
-            drawn = torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator).view(probabilities.shape[:-1])
-            one_hot = torch.nn.functional.one_hot(drawn, probabilities.shape[-1]).to(values.dtype)
-            yield (probabilities - one_hot).movedim(-1, loss.classes_axis) * weights.sqrt()
+            probabilities = values.exp()
+            # The first of exponential clocks: multinomial() stops a GPU for good where a logit is NaN; this hands the NaN on.
+            clocks = torch.empty_like(probabilities).exponential_(generator=generator).clamp_min_(_TINY)
+            drawn = (probabilities / clocks).argmax(loss.classes_axis, keepdim=True)
+            yield (probabilities - torch.zeros_like(probabilities).scatter_(loss.classes_axis, drawn, 1.0)) * weights.sqrt()
         elif loss.form == "squared_error":
             noise = torch.randn(values.shape, dtype=values.dtype, device=values.device, generator=generator)
             yield noise * weights.sqrt()
@@ -239,5 +294,5 @@ def _known(loss: Loss, fisher: str) -> tuple[Tensor, Tensor]:
             f"fisher={fisher!r} needs a loss whose form is known, and the root of this one's graph is {loss.root}; valid are "
             f"{', '.join(FORMS)} from torch.nn.functional: name the form with loss= and give logits=, or use fisher='empirical'"
         )
-    weights = torch.ones((), dtype=loss.values.dtype, device=loss.values.device) if loss.weights is None else loss.weights
-    return loss.values, weights
+    values = loss.values.to(statistics_dtype(loss.values.dtype))
+    return values, values.new_ones(()) if loss.weights is None else loss.weights
