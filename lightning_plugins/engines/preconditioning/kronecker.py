@@ -7,7 +7,7 @@ With terms ``m`` of the loss (examples, or tokens where the loss averages over t
 
 ``d`` is the gradient of one term's loss. Expand is exact for deep linear networks with a loss per position, reduce for those that
 average positions before the loss (Eschenhagen et al., 2023). The input factor of an embedding is the diagonal of its tokens'
-frequencies. A factor wider than ``max_dim`` becomes block-diagonal: of 4,096 inputs and a cap of 1,024 four blocks remain.
+frequencies. A factor wider than ``max_dim`` becomes block-diagonal: of 4,096 inputs and a cap of 512 eight blocks remain.
 """
 
 import math
@@ -46,7 +46,8 @@ class KroneckerFactors:
         self.with_outputs = with_outputs
         _, out_dim, in_dim = layer.shape
         self.diagonal_inputs = layer.kind == "embedding"
-        self.input_pieces = 1 if self.diagonal_inputs else math.ceil(in_dim / max_dim)
+        # The bias joins the last piece: 512 inputs and a bias stay whole under a cap of 512.
+        self.input_pieces = 1 if self.diagonal_inputs else math.ceil((in_dim - (layer.bias is not None)) / max_dim)
         self.output_pieces = math.ceil(out_dim / max_dim)
         self.inputs = RunningMean(decay)
         self.outputs = RunningMean(decay)
@@ -119,6 +120,12 @@ class KroneckerFactors:
         if self.outputs.value is None:
             return inputs, torch.ones_like(inputs)
         return inputs, self.outputs.value.diagonal(dim1=-2, dim2=-1).sum((-1, -2)) / out_dim
+
+    def trace(self) -> Tensor:
+        """Return the trace of ``G (x) A``, summed over the blocks of the weight."""
+        _, out_dim, in_dim = self.layer.shape
+        inputs, outputs = self.mean_traces()
+        return (inputs * outputs).sum() * (out_dim * in_dim)
 
     def blocked(self, gradient: Tensor) -> Tensor:
         """Return a gradient ``w_BOI`` as ``(B, output pieces, input pieces, o, i)``, filled up with zeros."""

@@ -24,7 +24,7 @@ class Trouble:
 def _factor(matrix: Tensor, ridge: Tensor) -> Tensor | None:
     damped = matrix.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(ridge)
-    factor, info = torch.linalg.cholesky_ex(damped)
+    factor, info = torch.linalg.cholesky_ex(damped.mT)  # symmetric, and LAPACK wants columns: no transposed copy
     return None if bool(info.any()) or not bool(factor.diagonal(dim1=-2, dim2=-1).isfinite().all()) else factor
 
 
@@ -36,9 +36,6 @@ def damped_cholesky(matrix: Tensor, ridge: Tensor, trouble: Trouble) -> Tensor |
         ridge: ``(..., 1)``, broadcast over the diagonal.
         trouble: counts the rungs that were used.
     """
-    if not bool(matrix.isfinite().all()) or not bool(ridge.isfinite().all()):
-        trouble.kept_inverses += 1
-        return None
     factor = _factor(matrix, ridge)
     for doubling in range(1, DOUBLINGS + 1):
         if factor is not None:
@@ -58,6 +55,12 @@ def damped_inverse(matrix: Tensor, ridge: Tensor, trouble: Trouble) -> Tensor | 
     """Return ``(matrix + ridge I)^-1`` as a full symmetric matrix, or None; see :func:`damped_cholesky`."""
     factor = damped_cholesky(matrix, ridge, trouble)
     return None if factor is None else torch.cholesky_inverse(factor)
+
+
+def divided(rows: Tensor, factor: Tensor) -> Tensor:
+    """Return ``rows (L L^T)^-1`` for rows ``(..., m, d)`` and lower Cholesky factors ``(..., d, d)``, broadcast."""
+    half = torch.linalg.solve_triangular(factor.mT, rows, upper=True, left=False)
+    return torch.linalg.solve_triangular(factor, half, upper=False, left=False)
 
 
 def symmetric_eigenvalues(matrix: Tensor, trouble: Trouble) -> tuple[Tensor, Tensor] | None:
