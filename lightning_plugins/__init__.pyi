@@ -1,4 +1,5 @@
 from lightning_plugins.callbacks.panorama_report import PanoramaReport as PanoramaReport
+from lightning_plugins.callbacks.preconditioner import Preconditioner as Preconditioner
 from lightning_plugins.datamodules.panorama_folder import PanoramaFolder as PanoramaFolder
 from lightning_plugins.datamodules.rendered_rooms import RenderedRooms as RenderedRooms
 from lightning_plugins.models.panoramic_depth.module import DepthTeacher as DepthTeacher

@@ -52,6 +52,13 @@ METHODS: dict[str, Method] = {
         "depth previews and a one-file report of any depth model",
         "panoramic_depth",
     ),
+    "Preconditioner": Method(
+        "callbacks",
+        "lightning_plugins.callbacks.preconditioner",
+        "beta",
+        "second-order directions (K-FAC, SOAP, Shampoo and relatives) for any module and optimizer",
+        "preconditioner",
+    ),
 }
 
 RECIPES: dict[str, Recipe] = {

@@ -13,6 +13,7 @@ It holds no mathematics: the methods do (``methods/``), over layers that say wha
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +25,14 @@ from torch.optim import Optimizer
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.engines.preconditioning.blocks import MethodEntry, State
 from lightning_plugins.engines.preconditioning.gradients import read_gradient, write_gradient
+from lightning_plugins.engines.preconditioning.kronecker import KroneckerFactors
 from lightning_plugins.engines.preconditioning.layers import Layer
 from lightning_plugins.engines.preconditioning.losses import Loss, exact_seeds, given_loss, read_loss, sampled_seeds
 from lightning_plugins.engines.preconditioning.methods import METHODS
 from lightning_plugins.engines.preconditioning.options import check_method, split_options
 from lightning_plugins.engines.preconditioning.plan import Assignment, Plan, make_plan
 from lightning_plugins.engines.preconditioning.sharing import Sharing
+from lightning_plugins.engines.preconditioning.stopwatch import Stopwatch
 from lightning_plugins.engines.preconditioning.taps import Taps
 
 STATE_VERSION = 1
@@ -43,6 +46,7 @@ class _Slot:
         layers: that the block sees; of a method that looks at gradients alone none, and ``parameters`` has one.
         steps: optimizer steps so far.
         folded: whether its running averages hold anything.
+        seen: whether a tap ever brought something.
         fresh: whether this step brought something.
     """
 
@@ -53,6 +57,7 @@ class _Slot:
     parameters: tuple[nn.Parameter, ...]
     steps: int = 0
     folded: bool = False
+    seen: bool = False
     fresh: bool = False
 
     def gradients(self) -> list[Tensor]:
@@ -82,6 +87,8 @@ class GradientPreconditioner:
         table: an :class:`~lightning_plugins.engines.preconditioning.plan.Assignment` per parameter: what preconditions it, or why
             nothing does.
         nonfinite_batches: steps whose observations held NaN or infinity and were left out of the averages.
+        stopwatch: time of ``observe``, ``taps`` (what they bring within the training's backward passes), ``precondition`` and, as
+            a part of it, ``refresh``.
 
     Raises:
         InputError: for an unknown name or option, a value out of range, or a module with nothing to precondition.
@@ -100,12 +107,20 @@ class GradientPreconditioner:
         self._slots = self._build(plan, entry, settings)
         self._slot_of = {id(layer): slot for slot in self._slots for layer in slot.layers}
         self.sharing = Sharing(group, self.options.worker_fraction, [slot.block.refresh_cost for slot in self._slots])
+        if entry.couples_examples and self.sharing.ranks > 1:
+            raise InputError(
+                f"{method} couples all examples of a step and needs them in a single process, got {self.sharing.ranks} ranks; "
+                "kfac, ekfac, unit and diag add up over ranks"
+            )
         device = self._slots[0].parameters[0].device
         self._generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(self.options.seed)
+        self.stopwatch = Stopwatch(device)
         self._watches_layers = not entry.gradient_only
         self._loss: Loss | None = None  # of the backward pass that is being watched
-        self._terms = 0.0  # of the losses of this step, on this rank
+        self._terms = 0.0  # of the losses of this step, on all ranks
         self._in_pass: set[int] = set()  # slots that received something in this pass
+        self._passes: list[tuple[float, set[int]]] = []  # terms of earlier passes, and slots that hold sums of them
+        self._unobserved = {id(slot) for slot in self._slots}  # that stepped after the last observed loss
         self._count_inputs = True
         self._clip_factor: Tensor | None = None
         self.taps = Taps([(tapped, layer) for tapped, layer, _ in plan.layers], self._receive)
@@ -130,14 +145,17 @@ class GradientPreconditioner:
         """
         if not self.taps.armed:
             return
-        self._finish_pass()
-        if self.fisher in ("mc", "exact"):
-            self._observe_prediction(loss, logits)
-            return
-        self._loss = read_loss(loss)
-        if self._loss.form is None and self.options.reduction != "auto":
-            self._loss.mean = self.options.reduction == "mean"
-        self.taps.receiving = True
+        with self.stopwatch.running("observe"):
+            self._finish_pass()
+            self._forget_zeroed()
+            self._unobserved.clear()
+            if self.fisher in ("mc", "exact"):
+                self._observe_prediction(loss, logits)
+                return
+            self._loss = read_loss(loss)
+            if self._loss.form is None and self.options.reduction != "auto":
+                self._loss.mean = self.options.reduction == "mean"
+            self.taps.receiving = True
 
     def precondition(self, optimizer: Optimizer | None = None, *, gradient_scale: float = 1.0) -> None:
         """Rewrite the gradients in place.
@@ -149,6 +167,10 @@ class GradientPreconditioner:
         Raises:
             InputError: if curvature was due in this step and ``observe`` was not called.
         """
+        with self.stopwatch.running("precondition"):
+            self._precondition(optimizer, gradient_scale)
+
+    def _precondition(self, optimizer: Optimizer | None, gradient_scale: float) -> None:
         self._finish_pass()
         slots = [slot for slot in self._slots_of(optimizer) if all(p.grad is not None for p in slot.parameters)]
         gradients = {slot: [gradient / gradient_scale for gradient in slot.gradients()] for slot in slots}
@@ -156,8 +178,10 @@ class GradientPreconditioner:
         if self._watches_layers:
             self._fold_observations(due)
         else:
-            self._fold_gradients(due, gradients)
-        self._refresh([slot for slot in slots if self._due(slot, self.options.inverse_every)])
+            gradients = self._finite(gradients)
+            self._fold_gradients([slot for slot in due if slot in gradients], gradients)
+        with self.stopwatch.running("refresh"):
+            self._refresh([slot for slot in slots if self._due(slot, self.options.inverse_every)])
         self._correct([slot for slot in due if slot.fresh and slot.entry.corrected])
         self._write(gradients, optimizer, gradient_scale)
         self._end_step(slots)
@@ -177,6 +201,18 @@ class GradientPreconditioner:
             "doubled_dampings_count": float(sum(trouble.doubled_ridges for trouble in troubles)),
             "kept_inverses_count": float(sum(trouble.kept_inverses for trouble in troubles)),
         }
+
+    def silent(self) -> list[str]:
+        """Return the layers that were preconditioned at least once and whose taps never brought anything.
+
+        Their parameters had gradients, so something calls the weights past the module, or runs code compiled before the taps.
+        """
+        return [slot.name for slot in self._slots if self._watches_layers and slot.steps and not slot.seen]
+
+    def traces(self) -> dict[str, float]:
+        """Return the trace of every block's curvature, by layer; of methods without Kronecker factors nothing."""
+        factors = {slot.name: getattr(slot.block, "factors", None) for slot in self._slots if slot.folded}
+        return {name: float(of.trace()) for name, of in factors.items() if isinstance(of, KroneckerFactors)}
 
     def state_dict(self) -> State:
         """Return the whole state, of tensors and plain values; loading it continues with the same bits.
@@ -211,7 +247,7 @@ class GradientPreconditioner:
         """
         self._check_state(state)
         for slot, saved in zip(self._slots, state["blocks"], strict=True):
-            slot.steps, slot.folded = saved["steps"], saved["folded"]
+            slot.steps, slot.folded, slot.seen = saved["steps"], saved["folded"], saved["folded"]
             slot.block.load_state_dict(saved["state"], slot.parameters[0].device)
         self._refresh_all = not state["complete"]
         self._generator.set_state(state["generator"].cpu())
@@ -275,13 +311,17 @@ class GradientPreconditioner:
     def _receive(self, layer: Layer, x: Tensor, gradient: Tensor) -> None:
         """The sink of the taps: called within a backward pass, for every call of a layer."""
         slot = self._slot_of[id(layer)]
+        slot.seen = True
         if not self._due(slot, self.options.factor_every):
             return
+        # The extra passes of a prediction run within `observe`, which is timed as a whole.
+        with nullcontext() if self.fisher in ("mc", "exact") else self.stopwatch.running("taps"):
+            self._accumulate(slot, layer, x, gradient)
+
+    def _accumulate(self, slot: _Slot, layer: Layer, x: Tensor, gradient: Tensor) -> None:
         assert self._loss is not None
         if self._loss.terms is None:
             self._loss.terms = float(layer.inputs(x).shape[1])
-        if not self._in_pass:
-            self._terms += self._loss.terms
         self._in_pass.add(id(slot))
         if self._count_inputs:
             slot.block.accumulate_inputs(layer, x)
@@ -292,8 +332,23 @@ class GradientPreconditioner:
         for slot in self._slots:
             if id(slot) in self._in_pass:
                 slot.block.finish_pass()
-        self._in_pass.clear()
+        if self._in_pass:
+            assert self._loss is not None
+            assert self._loss.terms is not None
+            self._passes.append((self._loss.terms, self._in_pass))
+        self._in_pass = set()
         self.taps.receiving = False
+
+    def _forget_zeroed(self) -> None:
+        """Drop sums of backward passes whose gradients were dropped, too: another optimizer's loss went through these layers."""
+        held = set().union(*(slots for _, slots in self._passes))
+        self._forget([slot for slot in self._slots if id(slot) in held and all(p.grad is None for p in slot.parameters)])
+
+    def _forget(self, slots: Sequence[_Slot]) -> None:
+        dropped = {id(slot) for slot in slots}
+        for slot in slots:
+            slot.block.clear()
+        self._passes = [(terms, held - dropped) for terms, held in self._passes if held - dropped]
 
     def _observe_prediction(self, loss: Tensor, logits: Tensor | None) -> None:
         """Run the extra backward passes of ``mc`` and ``exact``, which touch no ``.grad``; the training's own is not watched."""
@@ -308,12 +363,12 @@ class GradientPreconditioner:
         parameters = [parameter for slot in self._slots for parameter in slot.parameters]
         for index, seed in enumerate(seeds):
             self.taps.receiving, self._count_inputs = True, index == 0
-            terms = self._terms
+            counted = len(self._passes)
             assert self._loss.logits is not None
             torch.autograd.grad(self._loss.logits, parameters, seed, retain_graph=True, allow_unused=True)
-            if self.fisher == "exact" and index:  # the columns of one Hessian belong to the same terms
-                self._terms = terms
             self._finish_pass()
+            if self.fisher == "exact" and index:  # the columns of one Hessian belong to the same terms
+                del self._passes[counted:]
         self._count_inputs = True
 
     # The tasks of a step
@@ -322,15 +377,17 @@ class GradientPreconditioner:
         """Reduce over ranks, and take into the running averages what is finite."""
         if not due:
             return
-        if self._loss is None:
+        if any(id(slot) in self._unobserved for slot in due):
             raise InputError("curvature is due in this step and no loss was seen; call observe(loss) before loss.backward()")
         for symmetric in (True, False):
             sums = [tensor for slot in due if slot.entry.symmetric_sums is symmetric for tensor in slot.block.pending()]
             self.sharing.add(sums, symmetric=symmetric)
-        numbers = torch.tensor([self._terms, *(float(slot.block.rows) for slot in due)], dtype=torch.float64)
+        ours = {id(slot) for slot in due}
+        own_terms = sum(terms for terms, held in self._passes if held & ours)
+        numbers = torch.tensor([own_terms, *(float(slot.block.rows) for slot in due)], dtype=torch.float64)
         numbers = numbers.to(due[0].parameters[0].device)
         self.sharing.add([numbers])
-        finite = torch.stack([_all_finite(slot.block.pending()) for slot in due])
+        finite = torch.stack([_all_finite(_telling(slot)) for slot in due])
         terms, *counted = torch.cat([numbers, finite.to(numbers)]).tolist()  # the one value that the host waits for
         for slot, rows, is_finite in zip(due, counted[: len(due)], counted[len(due) :], strict=True):
             slot.fresh = bool(is_finite) and rows > 0 and terms > 0
@@ -340,16 +397,18 @@ class GradientPreconditioner:
         self._terms = terms
         self.nonfinite_batches += not all(counted[len(due) :])
 
-    def _fold_gradients(self, due: list[_Slot], gradients: dict[_Slot, list[Tensor]]) -> None:
-        if not due:
-            return
-        finite = torch.stack([_all_finite(gradients[slot]) for slot in due]).tolist()
-        for slot, is_finite in zip(due, finite, strict=True):
-            slot.fresh = is_finite
-            if is_finite:
-                slot.block.fold(gradients[slot][0])
-                slot.folded = True
+    def _finite(self, gradients: dict[_Slot, list[Tensor]]) -> dict[_Slot, list[Tensor]]:
+        """Leave out what is not finite, in every step: blocks with momentum must not see it, and it stays in ``.grad``."""
+        if not gradients:
+            return gradients
+        finite = torch.stack([_all_finite(given) for given in gradients.values()]).tolist()
         self.nonfinite_batches += not all(finite)
+        return {slot: given for (slot, given), is_finite in zip(gradients.items(), finite, strict=True) if is_finite}
+
+    def _fold_gradients(self, due: list[_Slot], gradients: dict[_Slot, list[Tensor]]) -> None:
+        for slot in due:
+            slot.block.fold(gradients[slot][0])
+            slot.fresh = slot.folded = True
 
     def _refresh(self, due: list[_Slot]) -> None:
         """Refresh on the owners, and send what they made to the ranks that keep it."""
@@ -414,14 +473,20 @@ class GradientPreconditioner:
         return (self.options.kl_clip / torch.stack(products).sum().clamp_min(1e-30)).sqrt().clamp_max(1.0)
 
     def _end_step(self, slots: list[_Slot]) -> None:
-        for slot in self._slots:
-            slot.fresh = False
-            if self._watches_layers:
-                slot.block.clear()
         for slot in slots:
             slot.steps += 1
-        self._terms, self._loss = 0.0, None
+            slot.fresh = False
+        if self._watches_layers:
+            self._forget(slots)
+            self._unobserved.update(id(slot) for slot in slots)
+        self._loss = None
         self._arm()
+
+
+def _telling(slot: _Slot) -> list[Tensor]:
+    """Return what tells whether a step's sums are finite: of sums of ``x x^T`` the diagonals, which bound the other entries."""
+    sums: list[Tensor] = slot.block.pending()
+    return [s.diagonal(dim1=-2, dim2=-1) if slot.entry.symmetric_sums and s.ndim > 1 else s for s in sums]
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
