@@ -128,6 +128,7 @@ class MethodEntry:
         refuses: says why a parameter keeps the plain gradient, or nothing; of methods that look at gradients alone.
         symmetric_sums: whether ``pending`` holds symmetric matrices and vectors alone, so that half of them need be sent.
         corrected: whether the blocks are :class:`CorrectedBlock`.
+        couples_examples: whether a block needs all examples of a step at once: in a single process, and at every step.
         damping: the default.
     """
 
@@ -145,4 +146,5 @@ class MethodEntry:
     refuses: Callable[[nn.Parameter], str] = lambda parameter: ""
     symmetric_sums: bool = False
     corrected: bool = False
+    couples_examples: bool = False
     damping: float = 1e-3

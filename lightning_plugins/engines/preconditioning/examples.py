@@ -34,6 +34,11 @@ class Rows(NamedTuple):
     gradients: Tensor
 
     @property
+    def indices(self) -> slice:
+        """Where they stand among the examples of the step."""
+        return slice(self.first, self.first + self.inputs.shape[1])
+
+    @property
     def is_embedding(self) -> bool:
         return not self.inputs.is_floating_point()
 

@@ -88,6 +88,11 @@ def check_method(method: str, options: Options) -> tuple[MethodEntry, str]:
         raise InputError(f"{method} has no fisher={options.fisher!r}; {valid}")
     if entry.gradient_only and (options.kl_clip is not None or options.worker_fraction != 1.0):
         raise InputError(f"{method} looks at gradients alone and has no kl_clip or worker_fraction; leave them out")
+    if entry.couples_examples and (options.factor_every, options.inverse_every) != (1, 1):
+        raise InputError(
+            f"{method} is made of the examples of one step, so factor_every and inverse_every must be 1, got "
+            f"{options.factor_every} and {options.inverse_every}; kfac and ekfac keep curvature over steps"
+        )
     if entry.corrected and options.worker_fraction != 1.0:
         raise InputError(f"{method} needs its bases on every rank, so worker_fraction must be 1, got {options.worker_fraction}")
     return entry, options.fisher or (entry.fishers[0] if entry.fishers else "")

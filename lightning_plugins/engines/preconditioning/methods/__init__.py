@@ -1,12 +1,16 @@
 """The methods, one file each, and their table."""
 
 from lightning_plugins.engines.preconditioning.blocks import MethodEntry
-from lightning_plugins.engines.preconditioning.methods import foof, kfac, muon, psgd, shampoo, soap, unit
+from lightning_plugins.engines.preconditioning.methods import diag, ekfac, foof, full, kfac, layer, muon, psgd, shampoo, soap, unit
 
 METHODS: dict[str, MethodEntry] = {
     "kfac": kfac.ENTRY,
     "foof": foof.ENTRY,
+    "ekfac": ekfac.ENTRY,
     "unit": unit.ENTRY,
+    "diag": diag.ENTRY,
+    "layer": layer.ENTRY,
+    "full": full.ENTRY,
     "psgd": psgd.ENTRY,
     "shampoo": shampoo.ENTRY,
     "soap": soap.ENTRY,

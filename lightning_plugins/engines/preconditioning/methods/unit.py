@@ -96,7 +96,7 @@ class Unit:
         assert self.fisher.value is not None
         ridge = self.fisher.value.new_full((1,), damping)
         new = damped_inverse(self.fisher.value, ridge, self.trouble)
-        self._inverse = self._inverse if new is None else new
+        self._inverse = self._inverse if new is None else new.contiguous()
 
     def derived(self) -> list[Tensor]:
         if self._inverse is None:
