@@ -20,6 +20,11 @@ def check_count(name: str, value: int) -> None:
         raise InputError(f"{name} must be a whole number of 1 or more, got {value}")
 
 
+def check_limit(name: str, value: int) -> None:
+    if value < 0 or value != int(value):
+        raise InputError(f"{name} must be a whole number of 0 or more, got {value}; 0 leaves out every axis")
+
+
 def check_choice(name: str, value: str, valid: tuple[str, ...]) -> None:
     if value not in valid:
         raise InputError(f"{name} must be one of {', '.join(valid)}, got {value!r}")
