@@ -92,7 +92,7 @@ class PSGD:
         y = v
         for axis, q in enumerate(self.triangles):
             x, y = _times(x, axis, q), _times_inverse_transpose(y, axis, q)
-        rate = self.settings.rate * (size > 0)  # on the device: nothing waits for it
+        rate = self.settings.rate * (size > 0).to(self.dtype)  # on the device: nothing waits for it
         for axis, q in enumerate(self.triangles):
             _update(q, axis_rows(x, axis), axis_rows(y, axis), rate)
 
