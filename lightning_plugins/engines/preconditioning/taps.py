@@ -43,19 +43,24 @@ class Taps:
         self._handles: list[RemovableHandle] = [module.register_forward_hook(self._hook(layer)) for module, layer in layers]
 
     def _hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        # A compiler would trace what happens in the backward pass with the values that hold now; so it breaks the graph here, at
+        # every layer, but only while the taps are armed.
+        register = torch.compiler.disable(self._register)
+
         def tap(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            if not self.armed or not isinstance(output, Tensor) or not output.requires_grad:
+            if not self.armed or not layer.weight.requires_grad or not output.requires_grad:
                 return
-            given = inputs[0].detach()
-
-            def receive(gradient: Tensor) -> None:
-                if self.receiving:
-                    with torch.no_grad():
-                        self._sink(layer, given, gradient.detach())
-
-            output.register_hook(receive)
+            register(layer, inputs[0].detach(), output)
 
         return tap
+
+    def _register(self, layer: Layer, given: Tensor, output: Tensor) -> None:
+        def receive(gradient: Tensor) -> None:
+            if self.receiving:
+                with torch.no_grad():
+                    self._sink(layer, given, gradient.detach())
+
+        output.register_hook(receive)
 
     def remove(self) -> None:
         """Leave the modules without a hook of ours."""
