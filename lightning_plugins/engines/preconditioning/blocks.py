@@ -128,6 +128,8 @@ class MethodEntry:
         refuses: says why a parameter keeps the plain gradient, or nothing; of methods that look at gradients alone.
         symmetric_sums: whether ``pending`` holds symmetric matrices and vectors alone, so that half of them need be sent.
         corrected: whether the blocks are :class:`CorrectedBlock`.
+        per_example: whether a block squares or pairs gradients of whole examples, so that the columns of ``exact`` must come one
+            position at a time.
         couples_examples: whether a block needs all examples of a step at once: in a single process, and at every step.
         damping: the default.
     """
@@ -146,5 +148,6 @@ class MethodEntry:
     refuses: Callable[[nn.Parameter], str] = lambda parameter: ""
     symmetric_sums: bool = False
     corrected: bool = False
+    per_example: bool = False
     couples_examples: bool = False
     damping: float = 1e-3

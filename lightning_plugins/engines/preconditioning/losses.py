@@ -262,8 +262,13 @@ def sampled_seeds(loss: Loss, samples: int, generator: torch.Generator | None) -
             yield (probability - (uniform < probability).to(values.dtype)) * weights.sqrt()
 
 
-def exact_seeds(loss: Loss) -> Iterator[Tensor]:
+def exact_seeds(loss: Loss, *, positions_apart: bool = False) -> Iterator[Tensor]:
     """Yield the columns of a square root of the Hessian of the terms' losses at the logits: one backward pass a column.
+
+    Args:
+        loss: of a known form.
+        positions_apart: whether the terms of one example (tokens, pixels) get columns of their own; else they share them, which
+            is right only where every position of every layer belongs to one term.
 
     Raises:
         InputError: if the loss has no such form.
@@ -275,7 +280,13 @@ def exact_seeds(loss: Loss) -> Iterator[Tensor]:
         for index in range(values.shape[loss.classes_axis]):
             column = -probabilities * roots.select(loss.classes_axis, index).unsqueeze(loss.classes_axis)
             column.select(loss.classes_axis, index).add_(roots.select(loss.classes_axis, index))
-            yield column
+            if not positions_apart or values.ndim <= 2:
+                yield column
+                continue
+            for position in range(values[0, 0].numel()):
+                alone = torch.zeros_like(column).flatten(2)
+                alone[..., position] = column.flatten(2)[..., position]
+                yield alone.view(values.shape)
         return
     curvature = weights.expand_as(values).clone()
     if loss.form == "binary_cross_entropy":
@@ -296,3 +307,19 @@ def _known(loss: Loss, fisher: str) -> tuple[Tensor, Tensor]:
         )
     values = loss.values.to(statistics_dtype(loss.values.dtype))
     return values, values.new_ones(()) if loss.weights is None else loss.weights
+
+
+def check_positions_apart(loss: Loss, layer: str, examples: int) -> None:
+    """Refuse a cross-entropy that hides which of its terms belong to one example: columns of their own cannot be made for them.
+
+    Raises:
+        InputError: if the logits are one row a term, and a layer saw several terms an example.
+    """
+    if loss.form != "cross_entropy" or loss.values is None or loss.values.ndim != 2:
+        return
+    terms = len(loss.values)
+    if terms > examples and terms % examples == 0:
+        raise InputError(
+            f"fisher='exact' needs to know which terms belong to one example, and the cross-entropy has {terms} rows of logits "
+            f"where {layer} saw {examples} examples; give it logits (examples, classes, positions), or use fisher='mc'"
+        )

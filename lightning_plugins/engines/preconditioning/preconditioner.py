@@ -27,7 +27,14 @@ from lightning_plugins.engines.preconditioning.blocks import MethodEntry, State
 from lightning_plugins.engines.preconditioning.gradients import read_gradient, write_gradient
 from lightning_plugins.engines.preconditioning.kronecker import KroneckerFactors
 from lightning_plugins.engines.preconditioning.layers import Layer
-from lightning_plugins.engines.preconditioning.losses import Loss, exact_seeds, given_loss, read_loss, sampled_seeds
+from lightning_plugins.engines.preconditioning.losses import (
+    Loss,
+    check_positions_apart,
+    exact_seeds,
+    given_loss,
+    read_loss,
+    sampled_seeds,
+)
 from lightning_plugins.engines.preconditioning.methods import METHODS
 from lightning_plugins.engines.preconditioning.options import check_method, split_options
 from lightning_plugins.engines.preconditioning.plan import Assignment, Plan, make_plan
@@ -323,6 +330,8 @@ class GradientPreconditioner:
         if self._loss.terms is None:
             self._loss.terms = float(layer.inputs(x).shape[1])
         self._in_pass.add(id(slot))
+        if self.fisher == "exact" and slot.entry.per_example and METHODS[self.method].per_example:
+            check_positions_apart(self._loss, layer.name, len(x))
         if self._count_inputs:
             slot.block.accumulate_inputs(layer, x)
         scale = 1.0 if self.fisher in ("mc", "exact") else self._loss.scale(self._loss.terms)
@@ -359,7 +368,7 @@ class GradientPreconditioner:
         if self.fisher == "mc":
             seeds = sampled_seeds(self._loss, self.options.samples, self._generator)
         else:
-            seeds = exact_seeds(self._loss)
+            seeds = exact_seeds(self._loss, positions_apart=METHODS[self.method].per_example)
         parameters = [parameter for slot in self._slots for parameter in slot.parameters]
         for index, seed in enumerate(seeds):
             self.taps.receiving, self._count_inputs = True, index == 0

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lightning_plugins._support.errors import InputError
+from lightning_plugins.engines.preconditioning import GradientPreconditioner
 from tests.engines.preconditioning.example_oracles import Dense, close, preconditioned
 
 DAMPING = 0.03
@@ -118,3 +120,37 @@ def test_batch_norm_in_training_takes_every_example_s_share_of_the_gradient(gamm
         rows = torch.stack([scale[:, unit], shift[:, unit]], dim=1)
         expected = torch.linalg.solve(rows.mT @ rows / N + DAMPING * torch.eye(2).double(), rows.mean(0))
         close(torch.stack([found["0.weight"][unit], found["0.bias"][unit]]), expected)
+
+
+def test_wide_units_fall_into_blocks_of_inputs():
+    model, x, y = nn.Linear(5, 2).double(), torch.randn(N, 5, dtype=torch.float64), torch.randint(2, (N,))
+    dense = Dense(model, x, y)
+    found = per_unit(preconditioned(model, [(x, y)], "unit", damping=DAMPING, max_dim=4), "weight", "bias")
+    for unit in range(2):  # 5 inputs and the bias: two blocks of 3
+        row = torch.cat([dense.row["weight"][:, unit], dense.row["bias"][:, unit, None]], 1)
+        for part in (slice(0, 3), slice(3, 6)):
+            matrix = row[:, part].mT @ row[:, part] / N + DAMPING * torch.eye(3, dtype=torch.float64)
+            close(found[unit, part], torch.linalg.solve(matrix, row[:, part].mean(0)))
+
+
+def test_blocks_that_cannot_be_inverted_keep_their_last_inverses():
+    model, x, y = MODELS["sequence"][0](), torch.randn(N, 5, 4).double(), torch.randint(3, (N,))
+    preconditioner = GradientPreconditioner(model, "unit")
+    loss = functional.cross_entropy(model(x), y)
+    preconditioner.observe(loss)
+    loss.backward()
+    preconditioner.precondition()
+    block = preconditioner._slots[0].block
+    before = block.derived()[0].clone()
+    block.fisher.value[0, 0] = -1e6
+    block.refresh(0.01)
+    assert torch.equal(block.derived()[0], before)
+    assert block.trouble.kept_inverses == 1
+
+
+def test_an_embedding_has_no_unit_wise_form_and_the_table_says_so():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
+    (line,) = (line for line in GradientPreconditioner(model, "unit").table if line.parameter == "0.weight")
+    assert line.reason == "unit has no form for a embedding layer"
+    with pytest.raises(InputError, match="it needs trainable layers of kind linear, convolution, transposed convolution, norm"):
+        GradientPreconditioner(model[0], "unit")

@@ -114,4 +114,5 @@ ENTRY = MethodEntry(
     settings=DiagSettings,
     make=Diag,
     kinds=("linear", "convolution", "transposed convolution", "embedding", "norm"),
+    per_example=True,
 )

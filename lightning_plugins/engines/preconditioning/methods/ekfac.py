@@ -207,4 +207,5 @@ ENTRY = MethodEntry(
     make=EKFAC,
     symmetric_sums=True,
     corrected=True,
+    per_example=True,
 )

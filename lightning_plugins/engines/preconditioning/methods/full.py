@@ -76,9 +76,9 @@ class NaturalGradient:
         if len(set(counts.values())) > 1:
             fewest, most = (choose(counts, key=lambda name: counts[name]) for choose in (min, max))
             raise InputError(
-                f"in one backward pass layer {fewest} saw {counts[fewest]} examples and layer {most} {counts[most]}; the full Fisher "
-                "matrix needs the batch on the first axis in every layer: keep it there, leave a layer out with ignore=, or "
-                "use method 'layer'"
+                f"in one backward pass layer {fewest} saw {counts[fewest]} examples and layer {most} {counts[most]}; the full "
+                "Fisher matrix needs the batch on the first axis in every layer: keep it there, leave a layer out with ignore=, "
+                "or use method 'layer'"
             )
         new = max(counts.values(), default=0)
         self._coefficients += [self._scale] * new
@@ -174,5 +174,6 @@ ENTRY = MethodEntry(
     make=NaturalGradient,
     kinds=("linear", "convolution", "transposed convolution", "embedding", "norm"),
     joint=True,
+    per_example=True,
     couples_examples=True,
 )

@@ -30,7 +30,7 @@ class UnitSettings:
 
     Args:
         decay: of the running average of the Fisher blocks.
-        max_dim: units with more inputs have a block-diagonal Fisher matrix.
+        max_dim: units with more inputs (the bias not counted) have a block-diagonal Fisher matrix.
 
     Raises:
         InputError: where a value is out of range.
@@ -54,7 +54,7 @@ class Unit:
         self.examples = Examples(layer)
         self.fisher = RunningMean(settings.decay)
         blocks, out_dim, in_dim = layer.shape
-        self._pieces = math.ceil(in_dim / settings.max_dim)
+        self._pieces = max(1, math.ceil((in_dim - (layer.bias is not None)) / settings.max_dim))
         self._width = math.ceil(in_dim / self._pieces)
         self._shape = (blocks, out_dim, self._pieces, self._width, self._width)
         self.refresh_cost = float(blocks * out_dim * self._pieces * self._width**3)
@@ -135,4 +135,5 @@ ENTRY = MethodEntry(
     make=Unit,
     kinds=("linear", "convolution", "transposed convolution", "norm"),
     symmetric_sums=True,
+    per_example=True,
 )
