@@ -86,6 +86,19 @@ class CorrectedBlock(TappedBlock, Protocol):
         """Take the reduced corrections into their running averages."""
 
 
+class ReplayedBlock(TappedBlock, Protocol):
+    """A tapped block that compares the batch of a step with itself after the step (K-BFGS)."""
+
+    def accumulate_replayed(self, layer: Layer, x: Tensor, gradient: Tensor, scale: float) -> None:
+        """Add an input and an output gradient of the second pass; as in ``accumulate_output_gradients``."""
+
+    def replayed(self) -> list[Tensor]:
+        """Return the sums of the second pass, to be added over ranks in place."""
+
+    def fold_replayed(self, terms: float, damping: float) -> None:
+        """Take the reduced sums in; 0 terms drop them."""
+
+
 class GradientBlock(Protocol):
     """The state of a method that looks at one parameter's gradient alone."""
 
@@ -128,6 +141,7 @@ class MethodEntry:
         refuses: says why a parameter keeps the plain gradient, or nothing; of methods that look at gradients alone.
         symmetric_sums: whether ``pending`` holds symmetric matrices and vectors alone, so that half of them need be sent.
         corrected: whether the blocks are :class:`CorrectedBlock`.
+        replays: whether the blocks are :class:`ReplayedBlock`.
         per_example: whether a block squares or pairs gradients of whole examples, so that the columns of ``exact`` must come one
             position at a time.
         couples_examples: whether a block needs all examples of a step at once: in a single process, and at every step.
@@ -148,6 +162,7 @@ class MethodEntry:
     refuses: Callable[[nn.Parameter], str] = lambda parameter: ""
     symmetric_sums: bool = False
     corrected: bool = False
+    replays: bool = False
     per_example: bool = False
     couples_examples: bool = False
     damping: float = 1e-3

@@ -64,7 +64,7 @@ class KroneckerFactors:
             self.rows += rows.numel()
             self._input_sum = counts if self._input_sum is None else self._input_sum.add_(counts)
             return
-        for part in self._parts(x):
+        for part in self.parts(x):
             rows = layer.inputs(part).to(self.dtype)
             if self.positions == "reduce":
                 rows = rows.mean(dim=2, keepdim=True)
@@ -75,7 +75,7 @@ class KroneckerFactors:
         """Add the rows of an output's gradient to the sum of ``d d^T``, for ``d = gradient / scale``."""
         if not self.with_outputs:
             return
-        for part in self._parts(gradient) if self.layer.kind == "transposed convolution" else [gradient]:
+        for part in self.parts(gradient) if self.layer.kind == "transposed convolution" else [gradient]:
             rows = self.layer.output_gradients(part).to(self.dtype)
             if self.positions == "reduce":
                 rows = rows.sum(dim=2, keepdim=True)
@@ -147,7 +147,7 @@ class KroneckerFactors:
         self.inputs.load_state_dict(state["inputs"], device)
         self.outputs.load_state_dict(state["outputs"], device)
 
-    def _parts(self, x: Tensor) -> list[Tensor]:
+    def parts(self, x: Tensor) -> list[Tensor]:
         """Split a batch so that the patches of a part stay within the chunk size."""
         if not self.layer.kind.endswith("convolution"):
             return [x]

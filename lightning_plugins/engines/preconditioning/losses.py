@@ -114,11 +114,12 @@ def _factor(loss: Tensor, node: Node) -> float:
     return float(factor)
 
 
-def read_loss(loss: Tensor) -> Loss:
+def read_loss(loss: Tensor, reduction: str = "auto") -> Loss:
     """Read a scalar loss from the root of its autograd graph.
 
     Args:
         loss: a scalar with a graph, also one that was divided by accumulation or multiplied by a gradient scaler.
+        reduction: ``mean`` or ``sum`` over the terms of a loss of unknown form; ``auto`` reads its last operation.
 
     Raises:
         InputError: if the loss has no graph.
@@ -138,6 +139,8 @@ def read_loss(loss: Tensor) -> Loss:
     else:
         summed = name == "SumBackward" or _REDUCTIONS.get(getattr(node, "_saved_reduction", -1)) == "sum"
         read = Loss(None, factor, not summed, None, name)
+    if read.form is None and reduction != "auto":
+        read.mean = reduction == "mean"
     if not factor:
         read.terms = 0.0
     return read
@@ -283,10 +286,11 @@ def exact_seeds(loss: Loss, *, positions_apart: bool = False) -> Iterator[Tensor
             if not positions_apart or values.ndim <= 2:
                 yield column
                 continue
-            for position in range(values[0, 0].numel()):
-                alone = torch.zeros_like(column).flatten(2)
-                alone[..., position] = column.flatten(2)[..., position]
-                yield alone.view(values.shape)
+            moved = column.movedim(loss.classes_axis, 1)
+            for position in range(moved[0, 0].numel()):
+                alone = torch.zeros_like(moved).flatten(2)
+                alone[..., position] = moved.flatten(2)[..., position]
+                yield alone.view(moved.shape).movedim(1, loss.classes_axis)
         return
     curvature = weights.expand_as(values).clone()
     if loss.form == "binary_cross_entropy":

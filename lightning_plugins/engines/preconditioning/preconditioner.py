@@ -38,6 +38,7 @@ from lightning_plugins.engines.preconditioning.losses import (
 from lightning_plugins.engines.preconditioning.methods import METHODS
 from lightning_plugins.engines.preconditioning.options import check_method, split_options
 from lightning_plugins.engines.preconditioning.plan import Assignment, Plan, make_plan
+from lightning_plugins.engines.preconditioning.replaying import Closure, Replayer
 from lightning_plugins.engines.preconditioning.sharing import Sharing
 from lightning_plugins.engines.preconditioning.stopwatch import Stopwatch
 from lightning_plugins.engines.preconditioning.taps import Taps
@@ -131,6 +132,7 @@ class GradientPreconditioner:
         self._count_inputs = True
         self._clip_factor: Tensor | None = None
         self.taps = Taps([(tapped, layer) for tapped, layer, _ in plan.layers], self._receive)
+        self._replayer = self._make_replayer(module, plan) if entry.replays else None
         self._arm()
 
     def __repr__(self) -> str:
@@ -148,20 +150,20 @@ class GradientPreconditioner:
             logits: the prediction, where the form of the loss was named with ``loss=``.
 
         Raises:
-            InputError: if the Fisher type needs a form of loss that this one has not.
+            InputError: if the Fisher type needs a form of loss that this one has not, or the last step waits for ``replay``.
         """
         if not self.taps.armed:
             return
         with self.stopwatch.running("observe"):
             self._finish_pass()
+            if self._replayer is not None:
+                self._replayer.observed()
             self._forget_zeroed()
             self._unobserved.clear()
             if self.fisher in ("mc", "exact"):
                 self._observe_prediction(loss, logits)
                 return
-            self._loss = read_loss(loss)
-            if self._loss.form is None and self.options.reduction != "auto":
-                self._loss.mean = self.options.reduction == "mean"
+            self._loss = read_loss(loss, self.options.reduction)
             self.taps.receiving = True
 
     def precondition(self, optimizer: Optimizer | None = None, *, gradient_scale: float = 1.0) -> None:
@@ -193,9 +195,25 @@ class GradientPreconditioner:
         self._write(gradients, optimizer, gradient_scale)
         self._end_step(slots)
 
+    def replay(self, *closures: Closure) -> None:
+        """Show the batch of the last step once more, after ``optimizer.step()``, to methods that compare; others ignore it.
+
+        No ``.grad``, no buffer and no random number generator is left changed.
+
+        Args:
+            closures: one per micro-batch, in their order; each computes the loss that was observed, of the same batch.
+
+        Raises:
+            InputError: if the closures are not as many as the micro-batches.
+        """
+        if self._replayer is not None:
+            self.nonfinite_batches += not self._replayer.run(closures, self.damping)
+
     def detach(self) -> None:
         """Leave the module without a hook of ours."""
         self.taps.remove()
+        if self._replayer is not None:
+            self._replayer.remove()
 
     def metrics(self) -> dict[str, float]:
         """Return what to log: damping, clip factor, and counts of what went wrong and was got over."""
@@ -298,6 +316,11 @@ class GradientPreconditioner:
             fisher = self.fisher if self.fisher in used.fishers else used.fishers[0]
             slots.append(_Slot(layer.name, used, used.make(layer, own, fisher), (layer,), layer.parameters))
         return slots
+
+    def _make_replayer(self, module: nn.Module, plan: Plan) -> Replayer:
+        replayed = [(tapped, layer) for tapped, layer, chosen in plan.layers if METHODS[chosen].replays]
+        blocks = {id(layer): self._slot_of[id(layer)].block for _, layer in replayed}
+        return Replayer(module, replayed, blocks, self.sharing, self.options.reduction)
 
     def _slots_of(self, optimizer: Optimizer | None) -> list[_Slot]:
         if optimizer is None:
@@ -429,7 +452,7 @@ class GradientPreconditioner:
                 continue
             if self.sharing.owns(index):
                 slot.block.refresh(self.damping)
-            if self.sharing.works_on(index):
+            if self.sharing.workers > 1 and self.sharing.works_on(index):
                 self.sharing.share_derived(index, slot.block.derived())
         self._refresh_all = False
 
@@ -482,6 +505,8 @@ class GradientPreconditioner:
         return (self.options.kl_clip / torch.stack(products).sum().clamp_min(1e-30)).sqrt().clamp_max(1.0)
 
     def _end_step(self, slots: list[_Slot]) -> None:
+        if self._replayer is not None:
+            self._replayer.expect([slot.block for slot in slots if slot.fresh and slot.entry.replays])
         for slot in slots:
             slot.steps += 1
             slot.fresh = False

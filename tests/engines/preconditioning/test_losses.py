@@ -143,6 +143,18 @@ def test_exact_seeds_are_a_square_root_of_the_hessian_of_the_terms(case):
     assert loss.terms == pytest.approx(case.terms(), rel=1e-14)
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if isinstance(case, CrossEntropy) and len(case.shape) > 2])
+def test_positions_apart_are_a_square_root_within_whole_examples(name):
+    """Within an example the Hessian has no entry between two positions, and neither may the seeds together."""
+    case = CASES[name]
+    leaf, logits = logits_of(case)
+    seeds = list(exact_seeds(read_loss(case.loss(logits)), positions_apart=True))
+    examples = torch.arange(case.shape[0]).reshape(-1, *[1] * (len(case.shape) - 1)).expand(case.shape).flatten()
+    products = within_terms(seeds, examples)
+    torch.testing.assert_close(products.sum(0), hessian_of_terms(case, leaf), rtol=1e-12, atol=1e-14)
+    assert len(seeds) == case.target[0].numel() * 3
+
+
 @cases
 def test_terms_and_scale_turn_the_gradient_into_that_of_the_sum_of_terms(case):
     leaf, logits = logits_of(case)

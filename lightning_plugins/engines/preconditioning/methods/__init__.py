@@ -1,7 +1,20 @@
 """The methods, one file each, and their table."""
 
 from lightning_plugins.engines.preconditioning.blocks import MethodEntry
-from lightning_plugins.engines.preconditioning.methods import diag, ekfac, foof, full, kfac, layer, muon, psgd, shampoo, soap, unit
+from lightning_plugins.engines.preconditioning.methods import (
+    diag,
+    ekfac,
+    foof,
+    full,
+    kbfgs,
+    kfac,
+    layer,
+    muon,
+    psgd,
+    shampoo,
+    soap,
+    unit,
+)
 
 METHODS: dict[str, MethodEntry] = {
     "kfac": kfac.ENTRY,
@@ -11,6 +24,7 @@ METHODS: dict[str, MethodEntry] = {
     "diag": diag.ENTRY,
     "layer": layer.ENTRY,
     "full": full.ENTRY,
+    "kbfgs": kbfgs.ENTRY,
     "psgd": psgd.ENTRY,
     "shampoo": shampoo.ENTRY,
     "soap": soap.ENTRY,
