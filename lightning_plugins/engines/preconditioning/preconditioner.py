@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_plugins._support.errors import InputError
-from lightning_plugins.engines.preconditioning.blocks import MethodEntry, State
+from lightning_plugins.engines.preconditioning.blocks import MethodEntry, State, statistics_dtype
 from lightning_plugins.engines.preconditioning.gradients import read_gradient, write_gradient
 from lightning_plugins.engines.preconditioning.kronecker import KroneckerFactors
 from lightning_plugins.engines.preconditioning.layers import Layer
@@ -421,19 +421,20 @@ class GradientPreconditioner:
         self.sharing.add([numbers])
         finite = torch.stack([_all_finite(_telling(slot)) for slot in due])
         terms, *counted = torch.cat([numbers, finite.to(numbers)]).tolist()  # the one value that the host waits for
-        for slot, rows, is_finite in zip(due, counted[: len(due)], counted[len(due) :], strict=True):
-            slot.fresh = bool(is_finite) and rows > 0 and terms > 0
+        clean = all(counted[len(due) :])  # of a bad batch no layer is trusted
+        for slot, rows in zip(due, counted[: len(due)], strict=True):
+            slot.fresh = clean and rows > 0 and terms > 0
             if slot.fresh:
                 slot.block.fold(int(rows), terms)
                 slot.folded = True
         self._terms = terms
-        self.nonfinite_batches += not all(counted[len(due) :])
+        self.nonfinite_batches += not clean
 
     def _finite(self, gradients: dict[_Slot, list[Tensor]]) -> dict[_Slot, list[Tensor]]:
         """Leave out what is not finite, in every step: blocks with momentum must not see it, and it stays in ``.grad``."""
         if not gradients:
             return gradients
-        finite = torch.stack([_all_finite(given) for given in gradients.values()]).tolist()
+        finite = torch.stack([_square_is_finite(given[0]) for given in gradients.values()]).tolist()
         self.nonfinite_batches += not all(finite)
         return {slot: given for (slot, given), is_finite in zip(gradients.items(), finite, strict=True) if is_finite}
 
@@ -526,6 +527,12 @@ def _telling(slot: _Slot) -> list[Tensor]:
 def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Return one bool without a copy of the tensors: a sum is finite where all its terms are."""
     return torch.stack([tensor.sum(dtype=torch.float64) for tensor in tensors]).sum().isfinite()
+
+
+def _square_is_finite(gradient: Tensor) -> Tensor:
+    """Return whether second moments of a gradient can hold it: in float32 entries of 1e20 are finite and their squares are not."""
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=statistics_dtype(gradient.dtype))
+    return norm.isfinite()
 
 
 def _with_norm_of(direction: Tensor, gradient: Tensor) -> Tensor:
