@@ -128,11 +128,14 @@ class Examples:
         return inputs, gradients if padding is None else gradients * (inputs != padding)
 
     def _chunk(self, calls: list[_Call]) -> int:
-        """Return how many examples at a time keep rows and ``P_n`` within the chunk size."""
-        entries = 0 if self.layer.kind == "embedding" else math.prod(self.layer.shape)
-        taps = math.prod(self.layer.module.kernel_size) if self.layer.kind.endswith("convolution") else 1  # type: ignore[arg-type]
+        """Return how many examples at a time keep rows, and ``P_n`` where it must be made, within the chunk size."""
+        layer = self.layer
+        taps = math.prod(layer.module.kernel_size) if layer.kind.endswith("convolution") else 1  # type: ignore[arg-type]
+        one_position = layer.kind == "linear" and len(calls) == 1 and calls[0].x.ndim == 2
+        entries = 0 if one_position or layer.kind == "embedding" else math.prod(layer.shape)
         for call in calls:
-            entries += taps * call.x[0].numel() + taps * call.gradient[0].numel()
+            entries += call.x[0].numel() * (taps if layer.kind == "convolution" else 1)
+            entries += call.gradient[0].numel() * (taps if layer.kind == "transposed convolution" else 1)
         return max(1, CHUNK_BYTES // (max(1, entries) * self.dtype.itemsize))
 
 

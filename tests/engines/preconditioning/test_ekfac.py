@@ -9,6 +9,8 @@ from torch.nn import functional
 
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.engines.preconditioning import GradientPreconditioner
+from lightning_plugins.engines.preconditioning.examples import Rows
+from lightning_plugins.engines.preconditioning.methods.ekfac import _squares_along
 from tests.engines.preconditioning.dense import joined
 from tests.engines.preconditioning.example_oracles import MODELS, Dense, close, names_of
 
@@ -178,3 +180,12 @@ def test_factors_without_eigenvectors_keep_the_bases_and_are_counted():
 def test_ranks_that_share_inverses_out_are_refused():
     with pytest.raises(InputError, match=r"ekfac needs its bases on every rank, so worker_fraction must be 1, got 0.5"):
         GradientPreconditioner(nn.Linear(2, 2), "ekfac", worker_fraction=0.5)
+
+
+@pytest.mark.parametrize("positions", [1, 4, 40])
+def test_turning_rows_and_turning_gradients_give_the_same_squares(positions):
+    inputs, gradients = torch.randn(2, N, positions, 5).double(), torch.randn(2, N, positions, 3).double()
+    bases = [torch.linalg.qr(torch.randn(2, 1, size, size).double()).Q for size in (3, 5)]
+    example = torch.einsum("bnro,bnri->bnoi", gradients, inputs)
+    expected = (bases[0].mT @ example @ bases[1]).square().sum(1)
+    close(_squares_along(bases, Rows(0, inputs, gradients), 0), expected)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lightning_plugins.engines.preconditioning.blocks import MethodEntry, State
-from lightning_plugins.engines.preconditioning.examples import Examples, Rows, sum_of_squares
+from lightning_plugins.engines.preconditioning.examples import Examples, Rows, example_gradients, sum_of_squares
 from lightning_plugins.engines.preconditioning.factors import RunningMean
 from lightning_plugins.engines.preconditioning.kronecker import KroneckerFactors
 from lightning_plugins.engines.preconditioning.layers import Layer
@@ -136,12 +136,7 @@ class EKFAC:
         bases = self._present_bases()
         total = torch.zeros(self._shape, dtype=self.factors.dtype, device=self._damping.device)
         for rows in self.examples.rows():
-            turned = Rows(
-                rows.first,
-                rows.inputs if self._vocabulary else _turned(rows.inputs, bases[1]),
-                _turned(rows.gradients, bases[0]),
-            )
-            total.add_(sum_of_squares(turned, self._vocabulary))
+            total.add_(_squares_along(bases, rows, self._vocabulary))
         self._corrections = total
         return [total]
 
@@ -186,6 +181,17 @@ class EKFAC:
                 identity = torch.eye(size, dtype=self.factors.dtype, device=self._damping.device)
                 self._bases.append(identity.expand(blocks, pieces, size, size).contiguous())
         return self._bases
+
+
+def _squares_along(bases: Sequence[Tensor], rows: Rows, vocabulary: int) -> Tensor:
+    """Return ``sum_n (U_G^T P_n U_A)^2``; rows or ``P_n`` are turned, whichever takes fewer operations."""
+    if vocabulary:
+        return sum_of_squares(rows._replace(gradients=_turned(rows.gradients, bases[0])), vocabulary)
+    positions, in_dim, out_dim = rows.inputs.shape[2], rows.inputs.shape[3], rows.gradients.shape[3]
+    if positions * (in_dim**2 + out_dim**2) <= in_dim * out_dim * (in_dim + out_dim):
+        return sum_of_squares(Rows(rows.first, _turned(rows.inputs, bases[1]), _turned(rows.gradients, bases[0])))
+    turned = _turned(example_gradients(rows), bases[1])
+    return _turned(turned.mT, bases[0]).square_().sum(dim=1).mT
 
 
 def _turned(x: Tensor, basis: Tensor) -> Tensor:
