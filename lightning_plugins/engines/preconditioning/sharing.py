@@ -74,7 +74,10 @@ class Sharing:
         """Send what the owner of a block made to the others that keep it, in place."""
         if self._column is not None and self.workers > 1 and self.works_on(block):
             for tensor in tensors:
-                dist.broadcast(tensor, self._global(self.owners[block]), group=self._column)
+                sent = tensor.contiguous()  # backends send memory as it lies: a factorisation's columns would arrive as rows
+                dist.broadcast(sent, self._global(self.owners[block]), group=self._column)
+                if sent is not tensor:
+                    tensor.copy_(sent)
 
     def share_directions(self, block: int, tensors: Sequence[Tensor]) -> None:
         """Send what the workers of a block computed to the ranks of their rows, in place."""

@@ -118,8 +118,12 @@ class KFAC:
             ]
 
     def derived(self) -> list[Tensor]:
+        """Return inverses, and no Cholesky factor: who receives them could not tell the two apart."""
         if not self._solvers:
             self._solvers = [torch.empty_like(factor) for factor in self._factor_values()]
+        elif self._uses < 2 and not self.factors.diagonal_inputs:
+            self._solvers[0] = torch.cholesky_inverse(self._solvers[0])
+        self._uses = 2
         return self._solvers
 
     def directions(self, gradients: Sequence[Tensor]) -> list[Tensor]:

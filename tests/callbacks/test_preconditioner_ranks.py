@@ -1,0 +1,150 @@
+"""Several gloo processes train as one process does with the union of their batches (float64). Oracle: the single process."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from lightning_plugins import Preconditioner
+from lightning_plugins._lightning import LightningModule, ModelCheckpoint, Trainer, submodule
+from lightning_plugins._support.errors import InputError
+from lightning_plugins.engines.preconditioning import METHODS
+
+pytestmark = pytest.mark.adapter
+
+STEPS = 6
+BATCH = 8  # of all ranks together
+
+
+class Convolutional(LightningModule):
+    """A net with a convolution, a norm and two matrices whose rows do not divide by the ranks."""
+
+    def __init__(self, sharded=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv1d(2, 5, 3, padding=1)
+        self.norm = nn.LayerNorm(30)
+        self.hidden = nn.Linear(30, 7)
+        self.head = nn.Linear(7, 3)
+        self.sharded = sharded
+        self.double()
+
+    def configure_model(self):
+        if self.sharded:
+            from torch.distributed.fsdp import fully_shard
+
+            for part in (self.conv, self.hidden):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self, mesh=self.device_mesh["data_parallel"])
+
+    def forward(self, x):
+        x = self.norm(torch.tanh(self.conv(x)).flatten(1))
+        return self.head(torch.tanh(self.hidden(x)))
+
+    def training_step(self, batch, batch_idx):
+        return functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def loader(rank, world_size):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(STEPS * BATCH, 2, 6, dtype=torch.float64, generator=generator)
+    data = TensorDataset(x, x[:, 0, :3].argmax(dim=1))
+    # Rank r has the examples r, r + W, ...: together a step's batches are the single process's batch.
+    sampler = DistributedSampler(data, world_size, rank, shuffle=False)
+    return DataLoader(data, batch_size=BATCH // world_size, sampler=sampler)
+
+
+def trainer_of(world_size, strategy, *callbacks, **options):
+    if strategy == "fsdp2":
+        strategy = submodule("strategies").ModelParallelStrategy(
+            data_parallel_size=world_size, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    options = {**quiet, "max_steps": STEPS, **options}
+    return Trainer(
+        accelerator="cpu",
+        devices=world_size,
+        strategy=strategy if world_size > 1 else "auto",
+        use_distributed_sampler=False,
+        callbacks=list(callbacks),
+        **options,
+    )
+
+
+def train(rank, world_size, every_options, strategy="ddp"):
+    """Train with each of some options; return weights, and the bytes of inverses on this rank."""
+    results = []
+    for options in every_options:
+        callback = Preconditioner(**options)
+        module = Convolutional(strategy == "fsdp2" and world_size > 1)
+        trainer_of(world_size, strategy, callback).fit(module, loader(rank, world_size))
+        results.append((weights_of(module), bytes_of_inverses(callback.state_dict())))
+    return results
+
+
+def weights_of(module):
+    return {name: whole(value).numpy() for name, value in module.named_parameters()}
+
+
+def whole(parameter):
+    value = parameter.detach()
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def bytes_of_inverses(state):
+    """The bytes of what is neither an average nor a count: the state of kfac's blocks without their factors."""
+    found = []
+
+    def walk(value):
+        if isinstance(value, torch.Tensor):
+            found.append(value.numel() * value.element_size())
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
+            walk(item)
+
+    for block in state["blocks"]:
+        walk({name: value for name, value in block["state"].items() if name != "factors"})
+    return sum(found)
+
+
+def assert_equal(found, expected, of=""):
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            torch.from_numpy(found[name]), torch.from_numpy(value), rtol=0, atol=1e-12, msg=lambda text, n=name: f"{of} {n}: {text}"
+        )
+
+
+OPTIONS = {"method": "kfac", "factor_every": 1, "inverse_every": 2, "warmup_steps": 1, "kl_clip": 0.01, "norms": "plain"}
+
+
+@pytest.mark.parametrize(("world_size", "fractions"), [(2, [1.0, 0.5]), (4, [1.0, 0.5, 0.25])])
+def test_ddp_equals_one_process_and_memory_falls_with_the_fraction(ranks, world_size, fractions):
+    ((alone, _),) = train(0, 1, [OPTIONS])
+    results = ranks.run(train, world_size, [{**OPTIONS, "worker_fraction": fraction} for fraction in fractions])
+    held = []
+    for of_one_fraction in zip(*results, strict=True):
+        for weights, _ in of_one_fraction:
+            assert_equal(weights, alone)
+        held.append([size for _, size in of_one_fraction])
+    assert len(set(held[0])) == 1, "with fraction 1 every rank has every inverse"
+    assert all(max(fewer) < max(more) for more, fewer in zip(held, held[1:], strict=False))
+    for fraction, sizes in zip(fractions, held, strict=True):
+        assert sum(sizes) == pytest.approx(fraction * sum(held[0]), rel=1e-9)
+
+
+SHARED = [name for name, entry in METHODS.items() if not entry.couples_examples]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_every_method_on_two_ranks_equals_one_process(ranks, strategy):
+    options = [*({"method": name} for name in SHARED), OPTIONS]
+    options += [{"method": "kfac", "fisher": "exact"}] if strategy == "ddp" else [{**OPTIONS, "worker_fraction": 0.5}]
+    expected = train(0, 1, [{key: value for key, value in given.items() if key != "worker_fraction"} for given in options])
+    for results in ranks.run(train, 2, options, strategy):
+        for given, (found, _), (alone, _) in zip(options, results, expected, strict=True):
+            assert_equal(found, alone, given)
