@@ -86,7 +86,7 @@ def depth_preview(
         _panel(axes[1, 1], depth_to_rgb(truth_m, near_m, far_m, mask), "true depth")
     if title is not None:
         figure.suptitle(title, fontsize=12, parse_math=False)
-    return _png(figure)
+    return to_png(figure)
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
@@ -114,7 +114,7 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
             _curve_panel(axes, series, f"{phase}: {quantity}" if phase else quantity)
         for axes in line[len(panels) :]:
             axes.set_axis_off()
-    return _png(figure)
+    return to_png(figure)
 
 
 def _coloured(
@@ -178,7 +178,8 @@ def _curve_panel(axes: Any, series: Mapping[str, Points], title: str) -> None:
     axes.legend(fontsize=8)
 
 
-def _png(figure: Any) -> bytes:
+def to_png(figure: Any) -> bytes:
+    """Return a figure of matplotlib's as a PNG image."""
     encoded = io.BytesIO()
     # Without the version of matplotlib in it, the same data give the same bytes.
     require("matplotlib.backends.backend_agg").FigureCanvasAgg(figure).print_png(encoded, metadata={"Software": None})
