@@ -42,11 +42,24 @@ def add_moment_(statistic: Tensor, tensor: Tensor, axis: int, *, kept: float, ta
     the diagonal on, 5/8 of the work; a GPU prefers one large product.
     """
     rows = axis_rows(tensor, axis)
-    width = len(statistic)
-    strips = 1 if statistic.is_cuda or width < _NARROW else _STRIPS
-    bounds = [width * strip // strips for strip in range(strips + 1)]
-    for start, stop in itertools.pairwise(bounds):
+    for start, stop in _strips(statistic):
         statistic[start:stop, start:].addmm_(rows[start:stop], rows[start:].mT, beta=kept, alpha=taken)
+
+
+def multiply_triangles(one: Tensor, other: Tensor) -> Tensor:
+    """Return the product of two upper triangular matrices; what stands below their diagonals must be 0."""
+    product = torch.zeros_like(other)
+    for start, stop in _strips(other):
+        torch.mm(one[start:stop, start:], other[start:, start:], out=product[start:stop, start:])
+    return product
+
+
+def _strips(matrix: Tensor) -> list[tuple[int, int]]:
+    """Return the rows of each strip of an upper triangle."""
+    width = len(matrix)
+    strips = 1 if matrix.is_cuda or width < _NARROW else _STRIPS
+    bounds = [width * strip // strips for strip in range(strips + 1)]
+    return list(itertools.pairwise(bounds))
 
 
 def symmetric(statistic: Tensor) -> Tensor:

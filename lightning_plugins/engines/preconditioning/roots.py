@@ -36,7 +36,8 @@ def inverse_root(matrix: Tensor, order: int, epsilon: float, root: Root, trouble
         matrix: symmetric positive semi-definite ``(d, d)``; left as it is.
         order: p, 1 or more.
         epsilon: ridge relative to the largest eigenvalue ``l``.
-        root: ``eigh``, or ``newton``, which has matrix products alone and takes ``l`` from a power iteration.
+        root: ``eigh``, or ``newton``, which has matrix products alone and takes ``l`` from a power iteration; where it does not
+            converge, ``eigh``.
         trouble: counts retries and failures.
     """
     if not bool(matrix.isfinite().all()):
@@ -77,15 +78,11 @@ def _root_by_eigh(matrix: Tensor, order: int, epsilon: float, trouble: Trouble) 
 
 
 def _root_by_newton(matrix: Tensor, order: int, epsilon: float, trouble: Trouble) -> Tensor | None:
-    for dtype in dict.fromkeys((matrix.dtype, torch.float64)):
-        trouble.float64_retries += dtype != matrix.dtype
-        damped = matrix.to(dtype, copy=True)
-        damped.diagonal().add_(epsilon * _largest_eigenvalue(damped))
-        found = _coupled_newton(damped, order)
-        if found is not None:
-            return found.to(matrix.dtype)
-    trouble.kept_inverses += 1
-    return None
+    damped = matrix.clone()
+    damped.diagonal().add_(epsilon * _largest_eigenvalue(damped))
+    found = _coupled_newton(damped, order)
+    # A matrix that rounding has made indefinite beyond its ridge has no root; eigenvalues can be floored.
+    return _root_by_eigh(matrix, order, epsilon, trouble) if found is None else found
 
 
 def _coupled_newton(matrix: Tensor, order: int) -> Tensor | None:

@@ -7,8 +7,8 @@
 Papers: Li, "Preconditioned Stochastic Gradient Descent", 2015; Pooladzandi and Li, "Curvature-Informed SGD via General Purpose
 Lie-Group Preconditioners", 2024. The fit minimises ``E[h^T P h + v^T P^-1 v]``, whose minimum over all matrices is the inverse
 root of ``E[h h^T]``. The Q are upper triangular and stay so: nothing is inverted, and nothing needs damping. An axis longer than
-``max_dim`` has a diagonal Q. The norm that divides is estimated from below, as the authors do, by one product with the longest
-row. We start from a multiple of the identity that whitens the first gradient on average.
+``max_dim`` has a diagonal Q. The norm that divides is estimated from below, as the authors do, by one product with a long row.
+We start from a multiple of the identity that whitens the first gradient on average.
 
 ``factor_every`` is the interval between two updates of Q, ``inverse_every`` that between two uses of them: until then ``Q^T Q``
 stands. ``P`` has entries of about 1, so learning rates are such as Adam's; momentum belongs to the base optimizer, and
@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.engines.preconditioning.blocks import MethodEntry, State, statistics_dtype
 from lightning_plugins.engines.preconditioning.linear_algebra import Trouble
-from lightning_plugins.engines.preconditioning.matrices import axis_rows, multiply_axis, no_numbers, working_shape
+from lightning_plugins.engines.preconditioning.matrices import (
+    add_moment_,
+    axis_rows,
+    multiply_axis,
+    multiply_triangles,
+    no_numbers,
+    symmetric,
+    working_shape,
+)
 from lightning_plugins.engines.preconditioning.settings import check_limit, check_positive
 
 
@@ -94,7 +102,7 @@ class PSGD:
             x, y = _times(x, axis, q), _times_inverse_transpose(y, axis, q)
         rate = self.settings.rate * (size > 0).to(self.dtype)  # on the device: nothing waits for it
         for axis, q in enumerate(self.triangles):
-            _update(q, axis_rows(x, axis), axis_rows(y, axis), rate)
+            _update(q, x, y, axis, rate)
 
     def refresh(self) -> None:
         """Balance the sizes of the triangles, which P does not see and rounding does, and multiply them out."""
@@ -104,7 +112,7 @@ class PSGD:
         common = torch.stack(sizes).log().mean().exp()
         for q, size in zip(self.triangles, sizes, strict=True):
             q.mul_(common / size)
-        self.products = [q.square() if q.ndim == 1 else q.mT @ q for q in self.triangles]
+        self.products = [_square(q) for q in self.triangles]
 
     def direction(self, gradient: Tensor) -> Tensor:
         """Return the gradient whitened; itself as long as nothing was fitted."""
@@ -134,6 +142,15 @@ class PSGD:
         return ones if length > self.settings.max_dim else ones.diag()
 
 
+def _square(q: Tensor) -> Tensor:
+    """Return ``Q^T Q``, of a diagonal as a diagonal."""
+    if q.ndim == 1:
+        return q.square()
+    product = torch.zeros_like(q)
+    add_moment_(product, q, 1, kept=0.0, taken=1.0)
+    return symmetric(product)
+
+
 def _times(tensor: Tensor, axis: int, q: Tensor) -> Tensor:
     if q.ndim == 2:
         return multiply_axis(tensor, axis, q)
@@ -151,21 +168,25 @@ def _times_inverse_transpose(tensor: Tensor, axis: int, q: Tensor) -> Tensor:
     return solved.view(columns.shape).movedim(0, axis)
 
 
-def _update(q: Tensor, x: Tensor, y: Tensor, rate: Tensor) -> None:
-    """Take one step of a Q in place, from the rows of X and Y along its axis."""
+def _update(q: Tensor, x: Tensor, y: Tensor, axis: int, rate: Tensor) -> None:
+    """Take one step of the Q of an axis in place."""
     if q.ndim == 1:
-        ours, theirs = x.square().sum(1), y.square().sum(1)
+        ours, theirs = (axis_rows(tensor, axis).square().sum(1) for tensor in (x, y))
         q.sub_(rate * (ours - theirs) / (ours + theirs).max() * q)
         return
-    ours, theirs = x @ x.mT, y @ y.mT
-    norm = _norm_from_below(ours + theirs)
-    q.sub_((ours.sub_(theirs).triu_() @ q).mul_(rate / norm))
+    difference = torch.zeros_like(q)
+    add_moment_(difference, x, axis, kept=0.0, taken=1.0)
+    add_moment_(difference, y, axis, kept=1.0, taken=-1.0)
+    norm = _norm_from_below(axis_rows(x, axis), axis_rows(y, axis))
+    q.sub_(multiply_triangles(difference.triu_(), q).mul_(rate / norm))
 
 
-def _norm_from_below(matrix: Tensor) -> Tensor:
-    """Return a lower bound of the spectral norm of a symmetric matrix, at least the length of its longest row."""
-    row = matrix[matrix.norm(dim=1).argmax()]
-    return (matrix @ (row / row.norm())).norm()
+def _norm_from_below(x: Tensor, y: Tensor) -> Tensor:
+    """Return a lower bound of the spectral norm of ``X X^T + Y Y^T``, without making it."""
+    longest = (x.square().sum(1) + y.square().sum(1)).argmax()
+    row = x @ x[longest] + y @ y[longest]
+    row = row / row.norm()
+    return (x @ (row @ x) + y @ (row @ y)).norm()
 
 
 ENTRY = MethodEntry(
