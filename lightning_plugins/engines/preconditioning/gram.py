@@ -73,8 +73,10 @@ def _add_gram_of_gradients(total: Tensor, examples: Examples, shape: tuple[int, 
 
 def products_with(rows: Rows, gradient: Tensor) -> Tensor:
     """Return ``<P_n, V>`` for ``V`` as ``w_BOI``."""
-    seen = gradient[0].mT[rows.inputs.squeeze(-1)] if rows.is_embedding else rows.inputs @ gradient.mT.unsqueeze(1)
-    return (seen * rows.gradients).sum((0, 2, 3))
+    if rows.is_embedding:
+        return (gradient[0].mT[rows.inputs.squeeze(-1)] * rows.gradients).sum((0, 2, 3))
+    seen = rows.inputs.flatten(1, 2) @ gradient.mT  # not by broadcasting, which copies V for every example
+    return (seen.view_as(rows.gradients) * rows.gradients).sum((0, 2, 3))
 
 
 def weighted_sum(rows: Rows, weights: Tensor, in_dim: int) -> Tensor:
