@@ -189,3 +189,16 @@ def test_turning_rows_and_turning_gradients_give_the_same_squares(positions):
     example = torch.einsum("bnro,bnri->bnoi", gradients, inputs)
     expected = (bases[0].mT @ example @ bases[1]).square().sum(1)
     close(_squares_along(bases, Rows(0, inputs, gradients), 0), expected)
+
+
+def test_what_an_owner_sends_is_all_that_another_rank_needs():
+    model, x, y = MODELS["perceptron"](N)
+    owner, other = (observed(model, x, y)[0]._slots[0].block for _ in range(2))
+    for block in (owner, other):
+        block.factors.outputs.value.add_(torch.diag(torch.arange(4.0).double()))
+    owner.refresh(0.7)
+    assert all(tensor.is_contiguous() for tensor in owner.derived())
+    for sent, received in zip(owner.derived(), other.derived(), strict=True):
+        received.copy_(sent)
+    gradient = torch.randn(1, 4, 6, dtype=torch.float64)
+    assert torch.equal(owner.directions([gradient])[0], other.directions([gradient])[0])
