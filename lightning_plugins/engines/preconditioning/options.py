@@ -88,6 +88,8 @@ def check_method(method: str, options: Options) -> tuple[MethodEntry, str]:
         raise InputError(f"{method} has no fisher={options.fisher!r}; {valid}")
     if entry.gradient_only and (options.kl_clip is not None or options.worker_fraction != 1.0):
         raise InputError(f"{method} looks at gradients alone and has no kl_clip or worker_fraction; leave them out")
+    if entry.gradient_only and options.damping is not None:
+        raise InputError(f"{method} has no damping, got {options.damping}; leave it out, or set epsilon where the method has one")
     if entry.couples_examples and (options.factor_every, options.inverse_every) != (1, 1):
         raise InputError(
             f"{method} is made of the examples of one step, so factor_every and inverse_every must be 1, got "

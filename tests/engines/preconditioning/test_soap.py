@@ -192,6 +192,19 @@ def test_infinity_enters_neither_statistics_nor_moments(every):
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
+def test_a_gradient_whose_square_overflows_is_left_out():
+    model = regression().float()
+    preconditioner = GradientPreconditioner(model, "soap")
+    for value in (1.0, 1e25, 1.0):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        preconditioner.precondition()
+    assert preconditioner.nonfinite_batches == 1
+    for saved in preconditioner.state_dict()["blocks"]:
+        assert bool(saved["state"]["second"].isfinite().all())
+    assert all(bool((parameter.grad.abs() < 10).all()) for parameter in model.parameters())
+
+
 def test_where_no_basis_can_be_made_it_is_adam(monkeypatch):
     def fail(matrix):
         raise RuntimeError("linalg.eigh: the algorithm failed to converge")
@@ -202,6 +215,11 @@ def test_where_no_basis_can_be_made_it_is_adam(monkeypatch):
     for gradient, expected in zip(gradients, adam_steps(gradients, (0.95, 0.95), 1e-8), strict=True):
         torch.testing.assert_close(step(soap, gradient), expected, rtol=1e-11, atol=1e-12)
     assert soap.trouble.kept_inverses == 6
+
+
+def test_damping_is_refused_where_it_could_not_act():
+    with pytest.raises(InputError, match=r"soap has no damping, got 0\.1; leave it out"):
+        GradientPreconditioner(regression(), "soap", damping=0.1)
 
 
 @pytest.mark.parametrize(

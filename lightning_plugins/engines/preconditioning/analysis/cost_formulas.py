@@ -175,10 +175,10 @@ def _soap(shape: torch.Size, settings: Any) -> Counts:
 
 
 def _psgd(shape: torch.Size, settings: Any) -> Counts:
-    """Fitting an axis: a product, a solve, two second moments, their norm, and their difference times Q."""
+    """Fitting an axis: a product, a solve, two second moments, six products for their norm, and their difference times Q."""
     entries, axes = _axes(shape, settings)
     diagonal = sum(working_shape(shape, settings.flatten)) - sum(axes)
-    fit = sum(7.0 * entries * length + 2.0 * length**3 + 2.0 * length**2 for length in axes)
+    fit = sum(7.0 * entries * length + 2.0 * length**3 + 12.0 * entries for length in axes)
     numbers = sum(2 * length**2 for length in axes) + 2 * diagonal
     return Counts(fit, sum(2.0 * length**3 for length in axes), sum(2.0 * entries * length for length in axes), numbers)
 
