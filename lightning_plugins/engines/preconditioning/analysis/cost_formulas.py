@@ -95,7 +95,7 @@ def _foof(seen: Seen, settings: Any, fisher: str, passes: int) -> Counts:
 
 
 def _ekfac(seen: Seen, settings: Any, fisher: str, passes: int) -> Counts:
-    """Factors as of K-FAC; then rows are turned into the bases, multiplied and squared, and moments turn at each refresh."""
+    """Factors as of K-FAC; rows or whole ``P_n`` are turned into the bases, and squared; moments turn at each refresh."""
     factors = _kfac(seen, settings, fisher, passes)
     blocks, out_dim, in_dim = seen.layer.shape
     out_pieces, o = pieces_of(out_dim, settings.max_dim)
@@ -108,7 +108,11 @@ def _ekfac(seen: Seen, settings: Any, fisher: str, passes: int) -> Counts:
         )
     in_pieces, i = pieces_of(in_dim, settings.max_dim)
     input_square, entries = blocks * in_pieces * i * i, blocks * out_pieces * o * in_pieces * i
-    turned = 2.0 * seen.rows * (input_square + square + entries)
+    if seen.rows * (in_dim**2 + out_dim**2) <= seen.examples * in_dim * out_dim * (in_dim + out_dim):
+        turned = 2.0 * seen.rows * (input_square + square + entries)
+    else:
+        turned = 2.0 * seen.rows * blocks * out_dim * in_dim
+        turned += 2.0 * seen.examples * (blocks * out_dim * in_pieces * i * i + entries * o)
     refresh = (EIGH + 2.0) * (input_square * i + square * o) + 2.0 * entries * (i + o)
     return Counts(factors.statistics + passes * turned, refresh, 4.0 * entries * (i + o), factors.numbers + entries)
 
