@@ -29,6 +29,7 @@ CASES = {
         nn.ConvTranspose2d(4, 6, (3, 2), stride=(2, 3), padding=(1, 0), output_padding=(1, 2), dilation=(2, 1), groups=2),
         (2, 4, 5, 4),
     ),
+    "transposed, padded beyond its stride": (nn.ConvTranspose1d(2, 3, 3, dilation=3, output_padding=2, bias=False), (2, 2, 4)),
     "transposed 1d": (nn.ConvTranspose1d(3, 4, 4, stride=2, padding=1), (2, 3, 5)),
     "transposed 3d": (nn.ConvTranspose3d(2, 3, 2, stride=2), (2, 2, 3, 2, 3)),
     "batch norm": (nn.BatchNorm1d(5), (6, 5)),
