@@ -88,16 +88,19 @@ def _examples(values: Tensor) -> tuple[int, int]:
     return examples, max(1, values.numel() // max(1, examples))
 
 
-def _unwrapped(loss: Tensor) -> Node:
-    """Return the node below multiplications and divisions by constants, reshapes, and reductions of one number."""
-    node = loss.grad_fn
-    assert node is not None
-    while _name(node) in _WRAPPERS or _reduces_nothing(node):
-        inner = [child for child, _ in node.next_functions if child is not None]
+def _unwrapped(loss: Tensor) -> GradientEdge:
+    """Return the node below multiplications and divisions by constants, reshapes, and reductions of one number.
+
+    The node of compiled code has several outputs; the edge says which of them is the loss.
+    """
+    assert loss.grad_fn is not None
+    edge = GradientEdge(loss.grad_fn, loss.output_nr)
+    while _name(edge.node) in _WRAPPERS or _reduces_nothing(edge.node):
+        inner = [GradientEdge(child, index) for child, index in edge.node.next_functions if child is not None]
         if len(inner) != 1:  # a product of two losses
-            return node
-        node = inner[0]
-    return node
+            return edge
+        edge = inner[0]
+    return edge
 
 
 def _reduces_nothing(node: Node) -> bool:
@@ -106,11 +109,11 @@ def _reduces_nothing(node: Node) -> bool:
     return _name(node) in ("MeanBackward", "SumBackward") and sizes is not None and math.prod(sizes) == 1
 
 
-def _factor(loss: Tensor, node: Node) -> float:
-    """Return d loss / d (output of node): everything that stands above a scalar node."""
-    if node is loss.grad_fn:
+def _factor(loss: Tensor, edge: GradientEdge) -> float:
+    """Return d loss / d (output of a node): everything that stands above a scalar."""
+    if edge.node is loss.grad_fn:
         return 1.0
-    (factor,) = torch.autograd.grad(loss, GradientEdge(node, 0), retain_graph=True)
+    (factor,) = torch.autograd.grad(loss, edge, retain_graph=True)
     return float(factor)
 
 
@@ -129,8 +132,8 @@ def read_loss(loss: Tensor, reduction: str = "auto") -> Loss:
             f"the loss must be a scalar that depends on the parameters, got shape {tuple(loss.shape)} "
             f"{'without' if loss.grad_fn is None else 'with'} a graph; return loss.mean() computed from the module's output"
         )
-    node = _unwrapped(loss)
-    factor = _factor(loss, node)
+    edge = _unwrapped(loss)
+    node, factor = edge.node, _factor(loss, edge)
     name = _name(node)
     if name in ("NllLossBackward", "NllLossNdBackward", "NllLoss2DBackward"):
         read = _cross_entropy(node, name, factor)
