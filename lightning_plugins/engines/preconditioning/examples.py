@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.engines.preconditioning.blocks import statistics_dtype
 from lightning_plugins.engines.preconditioning.factors import CHUNK_BYTES
-from lightning_plugins.engines.preconditioning.layers import Layer
+from lightning_plugins.engines.preconditioning.layers import Layer, norm_example_gradients
 
 
 class Rows(NamedTuple):
@@ -74,8 +74,8 @@ class Examples:
         """Keep a module's input and the gradient of its output; divided by ``scale`` it is that of one term's loss."""
         if self.layer.kind == "norm":
             # A feature's P_n is two numbers: fewer than its positions, and batch statistics need the batch whole.
-            product = self.layer.inputs(x).to(self.dtype) * self.layer.output_gradients(gradient).to(self.dtype)
-            x, gradient = product.sum(dim=2).movedim(1, 0), gradient.new_ones(product.shape[1], product.shape[0], 1)
+            x = norm_example_gradients(self.layer, x, gradient, self.dtype)
+            gradient = gradient.new_ones(*x.shape[:2], 1)
         else:
             x, gradient = _with_batch_axis(self.layer, x, gradient)
         self._open.append(_Call(x, gradient, scale, x._version))

@@ -264,6 +264,15 @@ def _norm(name: str, module: nn.Module) -> Layer:
     return Layer(name, module, "norm", weight, bias, rows_in, rows, weight.numel())
 
 
+def norm_example_gradients(layer: Layer, x: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``(N, B, I)``, the sums over positions of ``d_BNRO a_BNRI`` of a norm, without the copies that its rows would take."""
+    normalized, gradient = _normalized(layer.module, x).to(dtype), gradient.to(dtype)
+    sums = [normalized * gradient] + ([] if layer.bias is None else [gradient])
+    if isinstance(layer.module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
+        return torch.stack([each.reshape(*x.shape[:2], -1).sum(2) for each in sums], dim=-1)
+    return torch.stack([each.reshape(x.shape[0], -1, layer.weight.numel()).sum(1) for each in sums], dim=-1)
+
+
 def layer_of(name: str, module: nn.Module) -> Layer | None:
     """Return the layer that a module is, or None if its parameters keep the plain gradient."""
     if isinstance(module, nn.Linear):

@@ -213,5 +213,6 @@ ENTRY = MethodEntry(
     make=EKFAC,
     symmetric_sums=True,
     corrected=True,
+    damping=0.03,
     per_example=True,
 )

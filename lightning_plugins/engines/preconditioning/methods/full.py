@@ -176,4 +176,5 @@ ENTRY = MethodEntry(
     joint=True,
     per_example=True,
     couples_examples=True,
+    damping=0.01,
 )

@@ -136,4 +136,5 @@ ENTRY = MethodEntry(
     kinds=("linear", "convolution", "transposed convolution", "norm"),
     symmetric_sums=True,
     per_example=True,
+    damping=0.01,
 )
