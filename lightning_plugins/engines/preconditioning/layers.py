@@ -265,7 +265,7 @@ def _norm(name: str, module: nn.Module) -> Layer:
 
 
 def norm_example_gradients(layer: Layer, x: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``(N, B, I)``, the sums over positions of ``d_BNRO a_BNRI`` of a norm, without the copies that its rows would take."""
+    """Return ``(N, B, I)``, the sums over positions of ``d_BNRO a_BNRI`` of a norm, without the copies that its rows take."""
     normalized, gradient = _normalized(layer.module, x).to(dtype), gradient.to(dtype)
     sums = [normalized * gradient] + ([] if layer.bias is None else [gradient])
     if isinstance(layer.module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
