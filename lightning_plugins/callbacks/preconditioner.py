@@ -4,9 +4,12 @@ Order of a step: ``on_before_backward`` (the loss is read: what divided and mult
 curvature), ``on_before_optimizer_step`` (gradients are synchronized and unscaled by then, and not yet clipped by Lightning).
 """
 
+import inspect
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +81,8 @@ class Preconditioner(Callback):
             key: value for key, value in (("damping", damping), ("fisher", fisher), ("loss", loss)) if value is not None
         }
         shared, _ = split_options(method, self.options)
-        _, used = check_method(method, shared)
+        entry, used = check_method(method, shared)
+        self._replays = entry.replays
         if (loss is None) != (logits is None):
             raise InputError(f"loss and logits go together, got loss={loss!r} and logits={logits!r}; give both or neither")
         if loss is not None and used not in ("mc", "exact"):
@@ -95,8 +99,11 @@ class Preconditioner(Callback):
         self._parked: dict[str, Any] = {}  # state without an engine: from a checkpoint before the fit, or of the last fit
         self._restored = False
         self._observed = False
+        self._stepped = False  # in this batch
         self._told: list[str] = []  # layers of the warning, which comes once
         self._prediction: _Prediction | None = None
+        self._batch: tuple[Any, int] | None = None  # under way, with its index
+        self._seen_batches: list[tuple[Any, int]] = []  # of this step, for a method that replays them
         self._steps = 0
         self._batch_started_s = 0.0
         self._batches_s = 0.0
@@ -144,6 +151,8 @@ class Preconditioner(Callback):
         self.engine = GradientPreconditioner(pl_module, self.method, group=_group_of(trainer), **self.options)
         if self.logits is not None:
             self._prediction = _Prediction(pl_module, self.logits)
+        if self._replays and not pl_module.automatic_optimization:
+            raise InputError(f"{self.method} runs training_step once more after each step, and so needs automatic optimization")
         self._restored, self._observed, self._told, self._steps, self._batches_s = False, False, [], 0, 0.0
         self.load_state_dict(self._parked)
         self._parked = {}
@@ -160,15 +169,23 @@ class Preconditioner(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock that ``share_of_step_time`` is a share of."""
+        self._batch = (batch, batch_idx) if self._replays else None
         self._batch_started_s = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stop it."""
+        """Stop it, after the optimizer moved and a method that compares saw the step's batches once more."""
+        if self._stepped and self._replays:
+            assert self.engine is not None
+            seen, self._seen_batches = self._seen_batches, []
+            self.engine.replay(*(partial(_loss_of, trainer, pl_module, *batch) for batch in seen))
+        self._batch, self._stepped = None, False
         self._count_batch_time()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Read the loss, which is divided by accumulation and multiplied by the gradient scaler already."""
         assert self.engine is not None
+        if self.engine.taps.armed and self._batch is not None:
+            self._seen_batches.append(self._batch)
         wanted = self._prediction if self.engine.taps.armed else None
         self.engine.observe(loss, None if wanted is None else wanted.take())
         self._observed = True
@@ -183,6 +200,7 @@ class Preconditioner(Callback):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             nn.utils.clip_grad_norm_(parameters, self.clip_raw * scale)
         self.engine.precondition(optimizer, gradient_scale=scale)
+        self._stepped = True
         self._steps += 1
         silent = [name for name in self.engine.silent() if name not in self._told]
         if silent and trainer.is_global_zero:
@@ -284,6 +302,28 @@ class _Prediction:
 
         module.training_step = training_step  # type: ignore[method-assign]
         return restore
+
+
+def _loss_of(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> Tensor:
+    """Return the loss of a batch once more, past the strategy's wrapper, which would wait for its backward pass."""
+    kinds = [parameter.kind for parameter in inspect.signature(module.training_step).parameters.values()]
+    both = len(kinds) > 1 or inspect.Parameter.VAR_POSITIONAL in kinds
+    with _unlogged(module), trainer.precision_plugin.train_step_context():
+        output: Any = module.training_step(batch, batch_idx) if both else module.training_step(batch)
+    return output["loss"] if isinstance(output, Mapping) else output
+
+
+@contextmanager
+def _unlogged(module: LightningModule) -> Iterator[None]:
+    """Keep what a repeated training_step logs out of the metrics."""
+    kept: dict[str, Any] = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
+    module.log = module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        for name in ("log", "log_dict"):
+            delattr(module, name)
+        vars(module).update(kept)
 
 
 def _is_compiled(module: LightningModule) -> bool:

@@ -68,9 +68,13 @@ def batches(count=40, size=8):
     return DataLoader(TensorDataset(x, x[:, :3].argmax(dim=1)), batch_size=size)
 
 
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
+
+
 def fit(module, *callbacks, data=None, ckpt_path=None, max_steps=40, **options):
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
-    options = {**quiet, **options}
+    options = {**QUIET, **options}
+    # A list of batches: Lightning would take pairs in a list for two loaders.
+    data = DataLoader(data, batch_size=None) if isinstance(data, list) else data
     trainer = Trainer(accelerator="cpu", max_steps=max_steps, callbacks=list(callbacks), **options)
     trainer.fit(module, batches() if data is None else data, ckpt_path=ckpt_path)
     return trainer
@@ -322,8 +326,7 @@ def test_an_infinite_batch_leaves_the_statistics_clean_and_is_counted():
         torch.manual_seed(0)
         module = DropsBadGradients(optimizer=partial(torch.optim.SGD, lr=0.05)).double()
         callback = Preconditioner("kfac", norms="plain", inverse_every=1, log_every=log_every)
-        # A list of batches is a loader to Lightning, unless its items are tuples of examples.
-        return module, callback, fit(module, callback, data=DataLoader(data, batch_size=None), max_steps=len(data))
+        return module, callback, fit(module, callback, data=data, max_steps=len(data))
 
     good = [list(batch) for batch in batches()][:8]
     bad = [torch.full_like(good[0][0], math.inf), good[0][1]]

@@ -1,6 +1,6 @@
 """Several gloo processes train as one process does with the union of their batches (float64). Oracle: the single process."""
 
-from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,8 +9,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_plugins import Preconditioner
-from lightning_plugins._lightning import LightningModule, ModelCheckpoint, Trainer, submodule
-from lightning_plugins._support.errors import InputError
+from lightning_plugins._lightning import LightningModule, Trainer, submodule
 from lightning_plugins.engines.preconditioning import METHODS
 
 pytestmark = pytest.mark.adapter
@@ -115,7 +114,11 @@ def bytes_of_inverses(state):
 def assert_equal(found, expected, of=""):
     for name, value in expected.items():
         torch.testing.assert_close(
-            torch.from_numpy(found[name]), torch.from_numpy(value), rtol=0, atol=1e-12, msg=lambda text, n=name: f"{of} {n}: {text}"
+            torch.from_numpy(found[name]),
+            torch.from_numpy(value),
+            rtol=0,
+            atol=1e-12,
+            msg=lambda text, n=name: f"{of} {n}: {text}",
         )
 
 
@@ -132,17 +135,20 @@ def test_ddp_equals_one_process_and_memory_falls_with_the_fraction(ranks, world_
             assert_equal(weights, alone)
         held.append([size for _, size in of_one_fraction])
     assert len(set(held[0])) == 1, "with fraction 1 every rank has every inverse"
-    assert all(max(fewer) < max(more) for more, fewer in zip(held, held[1:], strict=False))
+    assert all(max(fewer) < max(more) for more, fewer in pairwise(held))
     for fraction, sizes in zip(fractions, held, strict=True):
         assert sum(sizes) == pytest.approx(fraction * sum(held[0]), rel=1e-9)
 
 
+# Those that couple all examples of a step are for a single process.
 SHARED = [name for name, entry in METHODS.items() if not entry.couples_examples]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_every_method_on_two_ranks_equals_one_process(ranks, strategy):
-    options = [*({"method": name} for name in SHARED), OPTIONS]
+    names = [name for name in SHARED if strategy == "ddp" or not METHODS[name].replays]
+    # With its default damping EK-FAC's steps are so long here that rounding grows a hundredfold.
+    options = [*({"method": name, **({"damping": 0.1} if name == "ekfac" else {})} for name in names), OPTIONS]
     options += [{"method": "kfac", "fisher": "exact"}] if strategy == "ddp" else [{**OPTIONS, "worker_fraction": 0.5}]
     expected = train(0, 1, [{key: value for key, value in given.items() if key != "worker_fraction"} for given in options])
     for results in ranks.run(train, 2, options, strategy):

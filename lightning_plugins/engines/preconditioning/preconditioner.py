@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_plugins._support.errors import InputError
@@ -122,6 +123,8 @@ class GradientPreconditioner:
             )
         device = self._slots[0].parameters[0].device
         self._generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(self.options.seed)
+        if any(isinstance(p, DTensor) for slot in self._slots for p in slot.parameters):
+            _refuse_shards(method, entry, self.fisher)
         self.stopwatch = Stopwatch(device)
         self._watches_layers = not entry.gradient_only
         self._loss: Loss | None = None  # of the backward pass that is being watched
@@ -431,12 +434,12 @@ class GradientPreconditioner:
         self.nonfinite_batches += not clean
 
     def _finite(self, gradients: dict[_Slot, list[Tensor]]) -> dict[_Slot, list[Tensor]]:
-        """Leave out what is not finite, in every step: blocks with momentum must not see it, and it stays in ``.grad``."""
+        """Return the gradients, or none where one is not finite: averages and momentum move together or not at all."""
         if not gradients:
             return gradients
-        finite = torch.stack([_square_is_finite(given[0]) for given in gradients.values()]).tolist()
-        self.nonfinite_batches += not all(finite)
-        return {slot: given for (slot, given), is_finite in zip(gradients.items(), finite, strict=True) if is_finite}
+        finite = bool(torch.stack([_square_is_finite(given[0]) for given in gradients.values()]).all())
+        self.nonfinite_batches += not finite
+        return gradients if finite else {}
 
     def _fold_gradients(self, due: list[_Slot], gradients: dict[_Slot, list[Tensor]]) -> None:
         for slot in due:
@@ -524,13 +527,20 @@ def _telling(slot: _Slot) -> list[Tensor]:
     return [s.diagonal(dim1=-2, dim2=-1) if slot.entry.symmetric_sums and s.ndim > 1 else s for s in sums]
 
 
+def _refuse_shards(method: str, entry: MethodEntry, fisher: str) -> None:
+    """Refuse extra backward passes: FSDP2 frees the whole parameters that they would differentiate by."""
+    if fisher in ("mc", "exact") or entry.replays:
+        what = f"fisher={fisher!r}" if fisher in ("mc", "exact") else method
+        raise InputError(f"{what} needs whole parameters and these are sharded; use DDP, or kfac with fisher='empirical'")
+
+
 def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Return one bool without a copy of the tensors: a sum is finite where all its terms are."""
     return torch.stack([tensor.sum(dtype=torch.float64) for tensor in tensors]).sum().isfinite()
 
 
 def _square_is_finite(gradient: Tensor) -> Tensor:
-    """Return whether second moments of a gradient can hold it: in float32 entries of 1e20 are finite and their squares are not."""
+    """Return whether second moments of a gradient can hold it: float32 has a place for 1e20 and none for its square."""
     norm: Tensor = torch.linalg.vector_norm(gradient, dtype=statistics_dtype(gradient.dtype))
     return norm.isfinite()
 
