@@ -50,7 +50,8 @@ class Replayer:
         self._parameters = list({id(p): p for _, layer in layers for p in layer.parameters}.values())
         self._taps = Taps(layers, self._receive)
         self._taps.armed = False
-        self._handles = [tapped.register_forward_pre_hook(self._enter) for tapped, _ in layers]
+        enter = torch.compiler.disable(self._enter)  # traced, it would be compiled anew with every change of a flag
+        self._handles = [tapped.register_forward_pre_hook(enter) for tapped, _ in layers]
         self._expected: list[ReplayedBlock] = []
         self._noise: list[list[Tensor] | None] = []  # of every micro-batch of the step
         self._captured: list[Tensor] | None = None

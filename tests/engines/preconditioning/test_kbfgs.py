@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -368,6 +369,7 @@ def test_a_replay_repeats_the_noise_of_every_micro_batch_and_leaves_no_trace(ree
     preconditioner.precondition()
     gradients = [p.grad.clone() for p in model.parameters()]
     buffers = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+    torch.rand(3)  # the program went on drawing since
     random = torch.get_rng_state()
     preconditioner.replay(*closures)
     for block in preconditioner.state_dict()["blocks"]:
@@ -376,6 +378,19 @@ def test_a_replay_repeats_the_noise_of_every_micro_batch_and_leaves_no_trace(ree
     assert all(torch.equal(p.grad, gradient) for p, gradient in zip(model.parameters(), gradients, strict=True))
     assert all(buffer is buffers[name][0] and torch.equal(buffer, buffers[name][1]) for name, buffer in model.named_buffers())
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_compiled_module_trains_as_a_plain_one():
+    weights = []
+    for compiled in (False, True):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 3)).double()
+        preconditioner = GradientPreconditioner(model, "kbfgs", **OPTIONS)
+        torch._dynamo.reset()
+        forward = torch.compile(model, backend="aot_eager") if compiled else model
+        trained(model, preconditioner, forward, [(draw(6, 4, seed=step), draw(6, 3, seed=9 + step)) for step in range(4)])
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-12, atol=1e-14)
 
 
 def test_reentrant_checkpoints_cannot_be_replayed_and_torch_says_what_to_do():
@@ -406,6 +421,41 @@ def test_a_state_continues_with_the_same_bits():
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
     for one, two in zip(inverses(preconditioner), inverses(resumed), strict=True):
         assert torch.equal(one, two)
+
+
+def trained_on_ranks(rank, world_size, fractions):
+    """Train on this rank's share of every batch, with averaged gradients; return the weights for each worker fraction."""
+    results = []
+    for fraction in fractions:
+        model = perceptron()
+        group = dist.group.WORLD if world_size > 1 else None
+        preconditioner = GradientPreconditioner(model, "kbfgs", group=group, worker_fraction=fraction, **OPTIONS)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+        for step in range(5):
+            x, target = draw(6, 4, seed=step)[rank::world_size], 3 * draw(6, 3, seed=9 + step)[rank::world_size]
+
+            def closure(x=x, target=target, model=model):
+                return functional.mse_loss(model(x), target)
+
+            optimizer.zero_grad()
+            loss = closure()
+            preconditioner.observe(loss)
+            loss.backward()
+            for p in model.parameters() if world_size > 1 else ():
+                dist.all_reduce(p.grad)
+                p.grad /= world_size
+            preconditioner.precondition(optimizer)
+            optimizer.step()
+            preconditioner.replay(closure)
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]).numpy())
+    return results
+
+
+def test_two_ranks_equal_one_process_on_the_union_of_their_batches(ranks):
+    (alone,) = trained_on_ranks(0, 1, [1.0])
+    for results in ranks.run(trained_on_ranks, 2, [1.0, 0.5]):
+        for weights in results:
+            np.testing.assert_allclose(weights, alone, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("change", ["scaled", "summed", "repeated"])

@@ -273,6 +273,12 @@ UNKNOWN = {
         1.0,
         "NllLoss2DBackward",
     ),
+    "log-softmax read across": (
+        lambda z: functional.nll_loss(z.view(1, 4, 3).log_softmax(2).view(1, 3, 4), classes(4).view(1, 4)),
+        True,
+        1.0,
+        "NllLoss2DBackward",
+    ),
     "both sides trained": (lambda z: functional.mse_loss(z, z.exp()), True, 1.0, "MseLossBackward whose target depends"),
     "positive weights": (
         lambda z: functional.binary_cross_entropy_with_logits(z, z.detach().sigmoid(), pos_weight=CLASS_WEIGHTS),
