@@ -78,6 +78,8 @@ def multiply_axis(tensor: Tensor, axis: int, matrix: Tensor) -> Tensor:
     """Return the tensor with ``matrix``, ``(d, d)``, applied along one axis."""
     if axis == tensor.ndim - 1:
         return tensor @ matrix.mT
+    if axis == 0:
+        return (matrix @ tensor.flatten(1)).view(tensor.shape)
     batched = tensor.reshape(math.prod(tensor.shape[:axis]), tensor.shape[axis], -1)
     return (matrix @ batched).view(tensor.shape)
 

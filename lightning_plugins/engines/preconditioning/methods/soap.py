@@ -117,10 +117,12 @@ class SOAP:
         beta1, beta2 = self.settings.betas
         self.first.lerp_(tensor, 1.0 - beta1)
         self.second.mul_(beta2).addcmul_(tensor, tensor, value=1.0 - beta2)
-        root = self.second.sqrt().div_((1.0 - beta2**self.steps) ** 0.5)
-        if self.bases:
-            root.add_(root.max() * (_ROUNDING * torch.finfo(self.dtype).eps))
-        step = (self.first / (1.0 - beta1**self.steps)).div_(root.add_(self.settings.epsilon))
+        root = self.second.sqrt()
+        floor = root.max() * (_ROUNDING * torch.finfo(self.dtype).eps) if self.bases else 0.0
+        # Adam's corrections of both moments and its epsilon, all in the denominator: a pass over memory less.
+        first_correction, second_correction = 1.0 - beta1**self.steps, (1.0 - beta2**self.steps) ** 0.5
+        root.add_(floor + self.settings.epsilon * second_correction).mul_(first_correction / second_correction)
+        step = self.first / root
         for axis, basis in self.bases.items():
             step = multiply_axis(step, axis, basis)
         return step.to(gradient.dtype).view(gradient.shape)
