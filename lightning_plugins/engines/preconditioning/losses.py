@@ -312,7 +312,7 @@ def _known(loss: Loss, fisher: str) -> tuple[Tensor, Tensor]:
             f"fisher={fisher!r} needs a loss whose form is known, and the root of this one's graph is {loss.root}; valid are "
             f"{', '.join(FORMS)} from torch.nn.functional: name the form with loss= and give logits=, or use fisher='empirical'"
         )
-    values = loss.values.to(statistics_dtype(loss.values.dtype))
+    values = loss.values.detach().to(statistics_dtype(loss.values.dtype))
     return values, values.new_ones(()) if loss.weights is None else loss.weights
 
 

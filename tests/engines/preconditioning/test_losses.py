@@ -166,6 +166,14 @@ def test_terms_and_scale_turn_the_gradient_into_that_of_the_sum_of_terms(case):
 
 
 @cases
+@pytest.mark.parametrize("fisher", ["mc", "exact"])
+def test_seeds_have_no_graph_of_their_own(case, fisher):
+    loss = read_loss(case.loss(logits_of(case)[1]))
+    seeds = list(exact_seeds(loss)) if fisher == "exact" else list(sampled_seeds(loss, 1, None))
+    assert not any(seed.requires_grad for seed in seeds)
+
+
+@cases
 def test_the_edge_of_the_logits_leads_to_their_gradient(case):
     leaf, logits = logits_of(case)
     loss = read_loss(case.loss(logits))

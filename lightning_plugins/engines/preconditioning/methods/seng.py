@@ -215,5 +215,5 @@ ENTRY = MethodEntry(
     kinds=("linear", "convolution", "transposed convolution"),
     per_example=True,
     couples_examples=True,
-    damping=0.03,
+    damping=0.3,
 )
