@@ -217,6 +217,19 @@ def test_where_no_basis_can_be_made_it_is_adam(monkeypatch):
     assert soap.trouble.kept_inverses == 6
 
 
+def test_what_has_no_real_numbers_keeps_the_plain_gradient():
+    model = nn.Linear(2, 3)
+    model.phases = nn.Parameter(torch.zeros(3, 3, dtype=torch.complex64))
+    model.nothing = nn.Parameter(torch.zeros(0, 4))
+    reasons = {line.parameter: line.reason for line in GradientPreconditioner(model, "soap").table}
+    assert reasons == {
+        "weight": "",
+        "bias": "",
+        "phases": "of type torch.complex64: real floating-point numbers are needed",
+        "nothing": "it is empty",
+    }
+
+
 def test_damping_is_refused_where_it_could_not_act():
     with pytest.raises(InputError, match=r"soap has no damping, got 0\.1; leave it out"):
         GradientPreconditioner(regression(), "soap", damping=0.1)
