@@ -152,6 +152,8 @@ class KroneckerFactors:
         if not self.layer.kind.endswith("convolution"):
             return [x]
         taps = math.prod(self.layer.module.kernel_size)  # type: ignore[arg-type]
+        if x.ndim == self.layer.weight.ndim - 1:  # one example without its axis
+            return [x]
         examples = max(1, int(CHUNK_BYTES / max(1, x[0].numel() * taps * 4)))
         return list(x.split(examples))
 

@@ -110,12 +110,12 @@ def _refusal(layer: Layer, chosen: str, owners: dict[int, Layer], ignored: bool,
     if not all(parameter.requires_grad for parameter in layer.parameters):
         return "frozen"
     if chosen == "plain":
-        return f"{method} has no form for a {layer.kind} layer"
+        return f"{method} has no form for layers of kind {layer.kind}"
     if any(id(parameter) not in names for parameter in layer.parameters):
         return "not a parameter of the module (a parametrization computes it)"
     owner = owners.get(id(layer.weight))
     if owner is not None and (owner.kind != layer.kind or owner.bias is not layer.bias):
-        return f"its weight is shared with {owner.name}, a {owner.kind} layer"
+        return f"its weight is shared with {owner.name}, of kind {owner.kind}"
     return ""
 
 

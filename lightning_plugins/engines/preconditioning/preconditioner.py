@@ -185,7 +185,9 @@ class GradientPreconditioner:
     def _precondition(self, optimizer: Optimizer | None, gradient_scale: float) -> None:
         self._finish_pass()
         slots = [slot for slot in self._slots_of(optimizer) if all(p.grad is not None for p in slot.parameters)]
-        gradients = {slot: [gradient / gradient_scale for gradient in slot.gradients()] for slot in slots}
+        gradients = {slot: slot.gradients() for slot in slots}
+        if gradient_scale != 1.0:
+            gradients = {slot: [gradient / gradient_scale for gradient in given] for slot, given in gradients.items()}
         due = [slot for slot in slots if self._due(slot, self.options.factor_every)]
         if self._watches_layers:
             self._fold_observations(due)
@@ -354,7 +356,7 @@ class GradientPreconditioner:
     def _accumulate(self, slot: _Slot, layer: Layer, x: Tensor, gradient: Tensor) -> None:
         assert self._loss is not None
         if self._loss.terms is None:
-            self._loss.terms = float(layer.inputs(x).shape[1])
+            self._loss.terms = float(layer.output_gradients(gradient).shape[1])
         self._in_pass.add(id(slot))
         if self.fisher == "exact" and slot.entry.per_example and METHODS[self.method].per_example:
             check_positions_apart(self._loss, layer.name, len(x))

@@ -151,6 +151,6 @@ def test_blocks_that_cannot_be_inverted_keep_their_last_inverses():
 def test_an_embedding_has_no_unit_wise_form_and_the_table_says_so():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
     (line,) = (line for line in GradientPreconditioner(model, "unit").table if line.parameter == "0.weight")
-    assert line.reason == "unit has no form for a embedding layer"
+    assert line.reason == "unit has no form for layers of kind embedding"
     with pytest.raises(InputError, match="it needs trainable layers of kind linear, convolution, transposed convolution, norm"):
         GradientPreconditioner(model[0], "unit")
