@@ -63,4 +63,5 @@ METHODS: dict[str, Method] = {
 
 RECIPES: dict[str, Recipe] = {
     "panoramic_depth": Recipe("train a panoramic depth model on rendered rooms and run it on photographs", "panoramic_depth"),
+    "precondition_compare": Recipe("train one small net with AdamW, SGD and every method of Preconditioner", "preconditioner"),
 }

@@ -51,8 +51,8 @@ class RunLoggers:
         """Write ``metrics.csv`` from what all attempts of ``phases`` logged, and return its rows."""
         return merge_metrics({phase: self._files(phase) for phase in phases}, self.run.path / "metrics.csv")
 
-    def show(self, scores: list[dict[str, Any]], pictures: dict[str, bytes]) -> None:
-        """Put the evaluation and pictures (PNG by caption) into the W&B run, and end it."""
+    def show(self, scores: list[dict[str, Any]], pictures: dict[str, bytes], of: str = "depth") -> None:
+        """Put the evaluation and pictures (PNG by caption) of something into the W&B run, and end it."""
         if self.wandb is None:
             return
         self.wandb.log_table("evaluation", columns=list(scores[0]), data=[list(row.values()) for row in scores])
@@ -61,7 +61,7 @@ class RunLoggers:
             from io import BytesIO
 
             opened = [image.open(BytesIO(png)) for png in pictures.values()]
-            self.wandb.log_image("depth", opened, caption=list(pictures))
+            self.wandb.log_image(of, opened, caption=list(pictures))
         self.wandb.experiment.finish()
 
     def _files(self, phase: str) -> list[Path]:
