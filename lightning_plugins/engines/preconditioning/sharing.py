@@ -76,7 +76,9 @@ class Sharing:
             for tensor in tensors:
                 sent = tensor.contiguous()  # backends send memory as it lies: a factorisation's columns would arrive as rows
                 dist.broadcast(sent, self._global(self.owners[block]), group=self._column)
-                if sent is not tensor:
+                if sent is not tensor and self.owns(block):
+                    tensor.data = sent  # products round differently in another layout, and replicas must stay the same to the bit
+                elif sent is not tensor:
                     tensor.copy_(sent)
 
     def share_directions(self, block: int, tensors: Sequence[Tensor]) -> None:
