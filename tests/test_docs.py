@@ -19,6 +19,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from lightning_plugins._support.methods import METHODS, RECIPES
+from lightning_plugins.engines import preconditioning
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -178,3 +179,10 @@ def test_every_public_name_has_a_reference():
     reference = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md"))
     for name, method in METHODS.items():
         assert f"::: {method.module}.{name}\n" in reference, f"no page under docs/reference shows {name}"
+
+
+def test_the_card_of_preconditioning_lists_every_method():
+    card = (ROOT / "docs" / "methods" / "preconditioner.md").read_text(encoding="utf-8")
+    for name, entry in preconditioning.METHODS.items():
+        cells = (f"`{name}`", entry.curvature, entry.granularity, entry.solver, entry.extra_passes, entry.memory)
+        assert f"| {' | '.join(cells)} |" in card, f"the card's row of {name} must be: | {' | '.join(cells)} |"
