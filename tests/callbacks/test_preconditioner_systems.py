@@ -287,14 +287,14 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("before_fit", [False, True])
-def test_a_compiled_module_trains_as_the_plain_one(fresh_compiler, before_fit):
-    """Also one that a validation ran before, whose compiled code has no taps."""
+@pytest.mark.parametrize("before", [None, "validate", "fit"])
+def test_a_compiled_module_trains_as_the_plain_one(fresh_compiler, before):
+    """Also one that ran before, whose compiled code has no taps."""
 
     class Validated(Classifier):
         def training_step(self, batch, batch_idx):
             logits = self(batch[0])
-            return {"prediction": logits, "loss": functional.cross_entropy(logits, batch[1])}
+            return {"prediction": logits.softmax(1), "loss": functional.cross_entropy(logits, batch[1])}
 
         def validation_step(self, batch, batch_idx):
             self(batch[0])
@@ -306,8 +306,9 @@ def test_a_compiled_module_trains_as_the_plain_one(fresh_compiler, before_fit):
         counter = CompileCounterWithBackend("aot_eager")
         trained = torch.compile(module, backend=counter) if compiled else module
         callback = Preconditioner("kfac", damping=0.1, factor_every=2, inverse_every=4, warmup_steps=2)
-        if before_fit:
-            Trainer(accelerator="cpu", **QUIET).validate(trained, batches(2), verbose=False)
+        if before:
+            run = getattr(Trainer(accelerator="cpu", max_steps=2, **QUIET), before)
+            run(trained, batches(2))
         count = submodule("callbacks").LambdaCallback(
             on_train_batch_end=lambda *_, counter=counter: graphs.append(counter.frame_count)
         )
@@ -405,3 +406,22 @@ def test_other_methods_train_as_the_engine_does(method):
     module, other = classifier(optimizer=PLAIN_SGD), classifier(optimizer=PLAIN_SGD)
     fit(module, Preconditioner(method), max_steps=6)
     assert module.losses == plain_loop(other, steps=6, method=method)
+
+
+def test_a_layer_that_was_compiled_by_itself_is_refused_with_the_way_out():
+    module = classifier()
+    module.net[0].compile(backend="aot_eager")
+    with pytest.raises(InputError, match=r"net\.0 was compiled before the preconditioner was attached"):
+        fit(module, Preconditioner("kfac"), max_steps=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [False, True])
+def test_half_precision_on_a_gpu(fused):
+    module = classifier(optimizer=partial(torch.optim.AdamW, lr=0.01, fused=fused)).float()
+    callback = Preconditioner("kfac", log_every=1, kl_clip=0.01)
+    trainer = Trainer(accelerator="gpu", devices=1, precision="16-mixed", max_steps=40, callbacks=[callback], **QUIET)
+    data = torch.utils.data.DataLoader([[x.float(), y] for x, y in batches(size=64)], batch_size=None)
+    trainer.fit(module, data)
+    assert sum(module.losses[-10:]) < sum(module.losses[:10])
+    assert 0 < float(trainer.callback_metrics["preconditioner/share_of_step_time"]) < 1
