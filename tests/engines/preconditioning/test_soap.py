@@ -248,3 +248,26 @@ def test_damping_is_refused_where_it_could_not_act():
 def test_bad_options_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         SOAPSettings(**options)
+
+
+@pytest.mark.parametrize("betas", [(0.95, 0.95), (0.9, 0.999), (0.99, 0.9), (0.0, 0.5)])
+def test_turning_bases_do_not_blow_a_step_up(betas):
+    """Fewer rows than inputs: new directions appear in every batch, and had no gradient before."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(30, 7).double()
+    preconditioner = GradientPreconditioner(layer, "soap", betas=betas)
+    largest = 0.0
+    for _ in range(8):
+        layer.zero_grad()
+        torch.nn.functional.mse_loss(
+            layer(torch.randn(8, 30, dtype=torch.float64)), torch.randn(8, 7, dtype=torch.float64)
+        ).backward()
+        preconditioner.precondition()
+        largest = max(largest, float(layer.weight.grad.norm()) / 7**0.5)
+    beta1, beta2 = betas
+    terms = sum((beta1**2 / beta2) ** i for i in range(8))
+    # A matrix of 7 rows whose entries in the basis are within the bound: at most ten times it and the root of a row's length.
+    assert (
+        largest
+        < 10 * 30**0.5 * max(1.0, (1 - beta1) * (terms / (1 - beta2)) ** 0.5 / (1 - beta1**8) * (1 - beta2**8) ** 0.5) * 1.01
+    )

@@ -5,9 +5,10 @@
 
 Paper: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", 2024. Bases come from an eigendecomposition first and
 from one step of orthogonal iteration at every later refresh; the second moment follows the sorting of the columns. We differ in
-two things. The first moment is kept in the basis and turned when the basis turns, which is the same and saves two products of
+three things. The first moment is kept in the basis and turned when the basis turns, which is the same and saves two products of
 matrices in every step. And statistics see a gradient before it is used, not after: the first step is taken in the bases of its
-own gradient, where Adam makes every singular value 1 (the polar factor of V), instead of being left out.
+own gradient, where Adam makes every singular value 1 (the polar factor of V), instead of being left out. Entries of a step in the
+basis are limited to ten times what Adam could make there had the basis never turned.
 
 P is a whole step and not a gradient: it has Adam's size and momentum. The base optimizer is ``SGD(momentum=0)`` with a learning
 rate such as Adam's; another optimizer's momentum or normalisation would act twice. Its weight decay comes after us (decoupled).
@@ -28,6 +29,8 @@ from lightning_plugins.engines.preconditioning.settings import check_decay, chec
 
 # Rounding of the rotations, relative to the largest entry: what is smaller is no gradient, and Adam would blow it up to 1.
 _ROUNDING = 32.0
+# How far an entry of a step may exceed Adam's bound because its basis turned: ordinary turns stay within a few times.
+_TURNING = 10.0
 
 
 @dataclass(frozen=True)
@@ -123,9 +126,24 @@ class SOAP:
         first_correction, second_correction = 1.0 - beta1**self.steps, (1.0 - beta2**self.steps) ** 0.5
         root.add_(floor + self.settings.epsilon * second_correction).mul_(first_correction / second_correction)
         step = self.first / root
+        if self.bases:
+            largest = self._largest_entry()
+            step.clamp_(-largest, largest)
         for axis, basis in self.bases.items():
             step = multiply_axis(step, axis, basis)
         return step.to(gradient.dtype).view(gradient.shape)
+
+    def _largest_entry(self) -> float:
+        """Return ten times what Adam's step cannot exceed while its basis stands still, by Cauchy and Schwarz.
+
+        When a basis turns, the first moment turns with it and the second does not: along a direction that had hardly a gradient
+        before, their quotient would be thousands. That happens in early steps of batches with fewer rows than inputs.
+        """
+        beta1, beta2 = self.settings.betas
+        ratio = beta1**2 / beta2 if beta2 else 0.0
+        powers = float(self.steps) if ratio == 1.0 else (1.0 - ratio**self.steps) / (1.0 - ratio)
+        corrections = (1.0 - beta2**self.steps) ** 0.5 / (1.0 - beta1**self.steps)
+        return _TURNING * corrections * (1.0 - beta1) * (powers / (1.0 - beta2)) ** 0.5
 
     def state_dict(self) -> State:
         return {
