@@ -13,7 +13,7 @@ has a row that says why. Of settings that change its speed alone, a rival gets t
 With ``--gpu``: ResNet-50 at batch 256, channels last, and a 124M GPT at 32k tokens, bfloat16, compiled; each variant in turn with
 plain SGD, and its peak memory as a ratio to SGD's. ``--gpu --tiny`` tries that on a CPU and writes nothing.
 
-Run: OMP_NUM_THREADS=1 python benchmarks/preconditioning.py
+Run: OMP_NUM_THREADS=1 python benchmarks/preconditioning.py      (6 minutes)
      python benchmarks/preconditioning.py --gpu
 Writes: benchmarks/results/preconditioning.csv, preconditioning_gpu.csv
 """
@@ -139,7 +139,7 @@ def add_peers(variants: list[Variant], make: Callable[[], nn.Module], batches: S
     for peer in peers():
         reason = missing(peer.distribution)
         longest = max(max(parameter.shape) for parameter in variants[0].stepper.net.parameters())
-        if peer.longest_axis is not None and longest > peer.longest_axis:
+        if not reason and peer.longest_axis is not None and longest > peer.longest_axis:
             reason = f"has no cap on the axes that it decomposes, and one is {longest} long"
         candidates = []
         for settings, build in {} if reason else peer.choices.items():
