@@ -59,6 +59,6 @@ def check_options(cli: CLI, options: list[str]) -> None:
         raise InputError(f"trainer.max_steps must be 1 or more, got {knobs.trainer.max_steps}; -1 is no limit but the epochs")
     if knobs.trainer.logger is not None:
         raise InputError(
-            f"trainer.logger cannot act, got {knobs.trainer.logger}: the recipe writes metrics.csv and one W&B run over both phases; "
-            "leave it out, and choose the latter with --wandb offline, online or disabled"
+            f"trainer.logger cannot act, got {knobs.trainer.logger}: the recipe writes metrics.csv and one W&B run over both "
+            "phases; leave it out, and choose the latter with --wandb offline, online or disabled"
         )

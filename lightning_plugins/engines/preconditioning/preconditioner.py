@@ -13,8 +13,6 @@ It holds no mathematics: the methods do (``methods/``), over layers that say wha
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,62 +23,17 @@ from torch.optim import Optimizer
 
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.engines.preconditioning.blocks import MethodEntry, State, statistics_dtype
-from lightning_plugins.engines.preconditioning.gradients import read_gradient, write_gradient
 from lightning_plugins.engines.preconditioning.kronecker import KroneckerFactors
-from lightning_plugins.engines.preconditioning.layers import Layer
-from lightning_plugins.engines.preconditioning.losses import (
-    Loss,
-    check_positions_apart,
-    exact_seeds,
-    given_loss,
-    read_loss,
-    sampled_seeds,
-)
 from lightning_plugins.engines.preconditioning.methods import METHODS
+from lightning_plugins.engines.preconditioning.observing import Observer
 from lightning_plugins.engines.preconditioning.options import check_method, split_options
 from lightning_plugins.engines.preconditioning.plan import Assignment, Plan, make_plan
 from lightning_plugins.engines.preconditioning.replaying import Closure, Replayer
 from lightning_plugins.engines.preconditioning.sharing import Sharing
+from lightning_plugins.engines.preconditioning.slots import Slot, build_slots, check_same_model
 from lightning_plugins.engines.preconditioning.stopwatch import Stopwatch
-from lightning_plugins.engines.preconditioning.taps import Taps
 
 STATE_VERSION = 1
-
-
-@dataclass(eq=False)
-class _Slot:
-    """A block, what it preconditions, and where it stands in its schedule.
-
-    Attributes:
-        layers: that the block sees; of a method that looks at gradients alone none, and ``parameters`` has one.
-        steps: optimizer steps so far.
-        folded: whether its running averages hold anything.
-        seen: whether a tap ever brought something.
-        fresh: whether this step brought something.
-    """
-
-    name: str
-    entry: MethodEntry
-    block: Any
-    layers: tuple[Layer, ...]
-    parameters: tuple[nn.Parameter, ...]
-    steps: int = 0
-    folded: bool = False
-    seen: bool = False
-    fresh: bool = False
-
-    def gradients(self) -> list[Tensor]:
-        """Return ``w_BOI`` per layer, or the parameter's own gradient."""
-        if not self.layers:
-            return [read_gradient(self.parameters[0])]
-        return [layer.gradient() for layer in self.layers]
-
-    def write(self, directions: Sequence[Tensor]) -> None:
-        """Copy directions over the gradients."""
-        if not self.layers:
-            write_gradient(self.parameters[0], directions[0])
-        for layer, direction in zip(self.layers, directions, strict=False):
-            layer.write(direction)
 
 
 class GradientPreconditioner:
@@ -113,29 +66,23 @@ class GradientPreconditioner:
         self.nonfinite_batches = 0
         plan = make_plan(module, method, METHODS, self.options.norms, self.options.ignore)
         self.table: list[Assignment] = plan.table
-        self._slots = self._build(plan, entry, settings)
-        self._slot_of = {id(layer): slot for slot in self._slots for layer in slot.layers}
+        self._slots = build_slots(plan, method, self.fisher, settings)
         self.sharing = Sharing(group, self.options.worker_fraction, [slot.block.refresh_cost for slot in self._slots])
         if entry.couples_examples and self.sharing.ranks > 1:
             raise InputError(
                 f"{method} couples all examples of a step and needs them in a single process, got {self.sharing.ranks} ranks; "
                 "kfac, ekfac, unit and diag add up over ranks"
             )
-        device = self._slots[0].parameters[0].device
-        self._generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(self.options.seed)
         if any(isinstance(p, DTensor) for slot in self._slots for p in slot.parameters):
             _refuse_shards(method, entry, self.fisher)
-        self.stopwatch = Stopwatch(device)
+        self.stopwatch = Stopwatch(self._slots[0].parameters[0].device)
         self._watches_layers = not entry.gradient_only
-        self._loss: Loss | None = None  # of the backward pass that is being watched
-        self._terms = 0.0  # of the losses of this step, on all ranks
-        self._in_pass: set[int] = set()  # slots that received something in this pass
-        self._passes: list[tuple[float, set[int]]] = []  # terms of earlier passes, and slots that hold sums of them
-        self._unobserved = {id(slot) for slot in self._slots}  # that stepped after the last observed loss
-        self._count_inputs = True
-        self._clip_factor: Tensor | None = None
-        self.taps = Taps([(tapped, layer) for tapped, layer, _ in plan.layers], self._receive)
+        self._observer = Observer(plan, self._slots, method, self.fisher, self.options, self.stopwatch)
+        self.taps = self._observer.taps
         self._replayer = self._make_replayer(module, plan) if entry.replays else None
+        self._terms = 0.0  # of the losses of this step, on all ranks
+        self._refresh_all = False  # after a state that held the inverses of one rank alone
+        self._clip_factor: Tensor | None = None
         self._arm()
 
     def __repr__(self) -> str:
@@ -158,16 +105,9 @@ class GradientPreconditioner:
         if not self.taps.armed:
             return
         with self.stopwatch.running("observe"):
-            self._finish_pass()
             if self._replayer is not None:
                 self._replayer.observed()
-            self._forget_zeroed()
-            self._unobserved.clear()
-            if self.fisher in ("mc", "exact"):
-                self._observe_prediction(loss, logits)
-                return
-            self._loss = read_loss(loss, self.options.reduction)
-            self.taps.receiving = True
+            self._observer.observe(loss, logits)
 
     def precondition(self, optimizer: Optimizer | None = None, *, gradient_scale: float = 1.0) -> None:
         """Rewrite the gradients in place.
@@ -183,8 +123,8 @@ class GradientPreconditioner:
             self._precondition(optimizer, gradient_scale)
 
     def _precondition(self, optimizer: Optimizer | None, gradient_scale: float) -> None:
-        self._finish_pass()
-        slots = [slot for slot in self._slots_of(optimizer) if all(p.grad is not None for p in slot.parameters)]
+        self._observer.finish_pass()
+        slots = [slot for slot in self._slots_of(optimizer) if slot.has_gradients()]
         gradients = {slot: slot.gradients() for slot in slots}
         if gradient_scale != 1.0:
             gradients = {slot: [gradient / gradient_scale for gradient in given] for slot, given in gradients.items()}
@@ -255,18 +195,9 @@ class GradientPreconditioner:
             "method": self.method,
             "fisher": self.fisher,
             "complete": self.sharing.workers == self.sharing.ranks,
-            "generator": self._generator.get_state(),
+            "generator": self._observer.generator.get_state(),
             "nonfinite_batches": self.nonfinite_batches,
-            "blocks": [
-                {
-                    "name": slot.name,
-                    "shapes": [list(parameter.shape) for parameter in slot.parameters],
-                    "steps": slot.steps,
-                    "folded": slot.folded,
-                    "state": slot.block.state_dict(),
-                }
-                for slot in self._slots
-            ],
+            "blocks": [slot.state_dict() for slot in self._slots],
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -275,152 +206,47 @@ class GradientPreconditioner:
         Raises:
             InputError: if it is of another method or module; names the first layer that differs.
         """
-        self._check_state(state)
-        for slot, saved in zip(self._slots, state["blocks"], strict=True):
-            slot.steps, slot.folded, slot.seen = saved["steps"], saved["folded"], saved["folded"]
-            slot.block.load_state_dict(saved["state"], slot.parameters[0].device)
-        self._refresh_all = not state["complete"]
-        self._generator.set_state(state["generator"].cpu())
-        self.nonfinite_batches = state["nonfinite_batches"]
-        self._arm()
-
-    def _check_state(self, state: State) -> None:
         if (state["method"], state["fisher"]) != (self.method, self.fisher):
             raise InputError(
                 f"the checkpoint holds {state['method']} with fisher={state['fisher']!r} and this preconditioner is "
                 f"{self.method} with fisher={self.fisher!r}; build it with the checkpoint's method, or start without its state"
             )
-        theirs = [(saved["name"], saved["shapes"]) for saved in state["blocks"]]
-        ours = [(slot.name, [list(parameter.shape) for parameter in slot.parameters]) for slot in self._slots]
-        for index in range(max(len(ours), len(theirs))):
-            saved, own = (side[index] if index < len(side) else ("nothing", "") for side in (theirs, ours))
-            if saved != own:
-                raise InputError(
-                    f"the checkpoint is of another model: it has layer {saved[0]} {saved[1]} where this one has {own[0]} {own[1]}"
-                    "; load the checkpoint of this model, or start without its state"
-                )
-
-    # Building and scheduling
-
-    def _build(self, plan: Plan, entry: MethodEntry, settings: Any) -> list[_Slot]:
-        if entry.gradient_only:
-            return [
-                _Slot(name, entry, entry.make(parameter, settings), (), (parameter,)) for name, parameter, _ in plan.parameters
-            ]
-        slots = []
-        layers = {id(layer): (layer, chosen) for _, layer, chosen in plan.layers}.values()
-        joint = tuple(layer for layer, chosen in layers if chosen == self.method) if entry.joint else ()
-        if joint:
-            every = tuple(parameter for layer in joint for parameter in layer.parameters)
-            slots.append(_Slot(self.method, entry, entry.make(joint, settings, self.fisher), joint, every))
-        for layer, chosen in layers:
-            if layer in joint:
-                continue
-            used = METHODS[chosen]
-            own = settings if chosen == self.method else used.settings()
-            fisher = self.fisher if self.fisher in used.fishers else used.fishers[0]
-            slots.append(_Slot(layer.name, used, used.make(layer, own, fisher), (layer,), layer.parameters))
-        return slots
+        check_same_model(self._slots, state["blocks"])
+        for slot, saved in zip(self._slots, state["blocks"], strict=True):
+            slot.load_state_dict(saved)
+        self._refresh_all = not state["complete"]
+        self._observer.generator.set_state(state["generator"].cpu())
+        self.nonfinite_batches = state["nonfinite_batches"]
+        self._arm()
 
     def _make_replayer(self, module: nn.Module, plan: Plan) -> Replayer:
         replayed = [(tapped, layer) for tapped, layer, chosen in plan.layers if METHODS[chosen].replays]
-        blocks = {id(layer): self._slot_of[id(layer)].block for _, layer in replayed}
+        blocks = {id(layer): slot.block for slot in self._slots for layer in slot.layers if slot.entry.replays}
         return Replayer(module, replayed, blocks, self.sharing, self.options.reduction)
 
-    def _slots_of(self, optimizer: Optimizer | None) -> list[_Slot]:
+    def _slots_of(self, optimizer: Optimizer | None) -> list[Slot]:
         if optimizer is None:
             return self._slots
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         return [slot for slot in self._slots if all(id(parameter) in held for parameter in slot.parameters)]
 
-    def _due(self, slot: _Slot, every: int) -> bool:
+    def _due(self, slot: Slot, every: int) -> bool:
         return slot.steps % every == 0 or slot.steps < self.options.warmup_steps
 
     def _arm(self) -> None:
-        """Tap the next forward passes only where some slot wants to see them."""
-        self.taps.armed = self._watches_layers and any(self._due(slot, self.options.factor_every) for slot in self._slots)
-        self.taps.receiving = False
-
-    # Observing
-
-    def _receive(self, layer: Layer, x: Tensor, gradient: Tensor) -> None:
-        """The sink of the taps: called within a backward pass, for every call of a layer."""
-        slot = self._slot_of[id(layer)]
-        slot.seen = True
-        if not self._due(slot, self.options.factor_every):
-            return
-        # The extra passes of a prediction run within `observe`, which is timed as a whole.
-        with nullcontext() if self.fisher in ("mc", "exact") else self.stopwatch.running("taps"):
-            self._accumulate(slot, layer, x, gradient)
-
-    def _accumulate(self, slot: _Slot, layer: Layer, x: Tensor, gradient: Tensor) -> None:
-        assert self._loss is not None
-        if self._loss.terms is None:
-            self._loss.terms = float(layer.output_gradients(gradient).shape[1])
-        self._in_pass.add(id(slot))
-        if self.fisher == "exact" and slot.entry.per_example and METHODS[self.method].per_example:
-            check_positions_apart(self._loss, layer.name, len(x))
-        if self._count_inputs:
-            slot.block.accumulate_inputs(layer, x)
-        scale = 1.0 if self.fisher in ("mc", "exact") else self._loss.scale(self._loss.terms)
-        slot.block.accumulate_output_gradients(layer, x, gradient, scale)
-
-    def _finish_pass(self) -> None:
-        for slot in self._slots:
-            if id(slot) in self._in_pass:
-                slot.block.finish_pass()
-        if self._in_pass:
-            assert self._loss is not None
-            assert self._loss.terms is not None
-            self._passes.append((self._loss.terms, self._in_pass))
-        self._in_pass = set()
-        self.taps.receiving = False
-
-    def _forget_zeroed(self) -> None:
-        """Drop sums of backward passes whose gradients were dropped, too: another optimizer's loss went through these layers."""
-        held = set().union(*(slots for _, slots in self._passes))
-        self._forget([slot for slot in self._slots if id(slot) in held and all(p.grad is None for p in slot.parameters)])
-
-    def _forget(self, slots: Sequence[_Slot]) -> None:
-        dropped = {id(slot) for slot in slots}
-        for slot in slots:
-            slot.block.clear()
-        self._passes = [(terms, held - dropped) for terms, held in self._passes if held - dropped]
-
-    def _observe_prediction(self, loss: Tensor, logits: Tensor | None) -> None:
-        """Run the extra backward passes of ``mc`` and ``exact``, which touch no ``.grad``; the training's own is not watched."""
-        form = self.options.loss
-        if form is not None and logits is None:
-            raise InputError(f"loss={form!r} was named, so observe needs the logits: observe(loss, logits)")
-        self._loss = given_loss(form, logits) if form is not None and logits is not None else read_loss(loss)
-        if self.fisher == "mc":
-            seeds = sampled_seeds(self._loss, self.options.samples, self._generator)
-        else:
-            seeds = exact_seeds(self._loss, positions_apart=METHODS[self.method].per_example)
-        parameters = [parameter for slot in self._slots for parameter in slot.parameters]
-        for index, seed in enumerate(seeds):
-            self.taps.receiving, self._count_inputs = True, index == 0
-            counted = len(self._passes)
-            assert self._loss.logits is not None
-            torch.autograd.grad(self._loss.logits, parameters, seed, retain_graph=True, allow_unused=True)
-            self._finish_pass()
-            if self.fisher == "exact" and index:  # the columns of one Hessian belong to the same terms
-                del self._passes[counted:]
-        self._count_inputs = True
+        due = [slot for slot in self._slots if self._due(slot, self.options.factor_every)] if self._watches_layers else []
+        self._observer.expect(due)
 
     # The tasks of a step
 
-    def _fold_observations(self, due: list[_Slot]) -> None:
+    def _fold_observations(self, due: list[Slot]) -> None:
         """Reduce over ranks, and take into the running averages what is finite."""
         if not due:
             return
-        if any(id(slot) in self._unobserved for slot in due):
-            raise InputError("curvature is due in this step and no loss was seen; call observe(loss) before loss.backward()")
+        own_terms = self._observer.terms_of(due)
         for symmetric in (True, False):
             sums = [tensor for slot in due if slot.entry.symmetric_sums is symmetric for tensor in slot.block.pending()]
             self.sharing.add(sums, symmetric=symmetric)
-        ours = {id(slot) for slot in due}
-        own_terms = sum(terms for terms, held in self._passes if held & ours)
         numbers = torch.tensor([own_terms, *(float(slot.block.rows) for slot in due)], dtype=torch.float64)
         numbers = numbers.to(due[0].parameters[0].device)
         self.sharing.add([numbers])
@@ -435,7 +261,7 @@ class GradientPreconditioner:
         self._terms = terms
         self.nonfinite_batches += not clean
 
-    def _finite(self, gradients: dict[_Slot, list[Tensor]]) -> dict[_Slot, list[Tensor]]:
+    def _finite(self, gradients: dict[Slot, list[Tensor]]) -> dict[Slot, list[Tensor]]:
         """Return the gradients, or none where one is not finite: averages and momentum move together or not at all."""
         if not gradients:
             return gradients
@@ -443,12 +269,12 @@ class GradientPreconditioner:
         self.nonfinite_batches += not finite
         return gradients if finite else {}
 
-    def _fold_gradients(self, due: list[_Slot], gradients: dict[_Slot, list[Tensor]]) -> None:
+    def _fold_gradients(self, due: list[Slot], gradients: dict[Slot, list[Tensor]]) -> None:
         for slot in due:
             slot.block.fold(gradients[slot][0])
             slot.fresh = slot.folded = True
 
-    def _refresh(self, due: list[_Slot]) -> None:
+    def _refresh(self, due: list[Slot]) -> None:
         """Refresh on the owners, and send what they made to the ranks that keep it."""
         for index, slot in enumerate(self._slots):
             if not slot.folded or (slot not in due and not self._refresh_all):
@@ -462,17 +288,15 @@ class GradientPreconditioner:
                 self.sharing.share_derived(index, slot.block.derived())
         self._refresh_all = False
 
-    _refresh_all = False  # after a state that held the inverses of one rank alone
-
-    def _correct(self, due: list[_Slot]) -> None:
+    def _correct(self, due: list[Slot]) -> None:
         """Take the sums that the refreshed bases allow."""
         self.sharing.add([tensor for slot in due for tensor in slot.block.corrections()])
         for slot in due:
             slot.block.fold_corrections(self._terms)
 
-    def _write(self, gradients: dict[_Slot, list[Tensor]], optimizer: Optimizer | None, gradient_scale: float) -> None:
+    def _write(self, gradients: dict[Slot, list[Tensor]], optimizer: Optimizer | None, gradient_scale: float) -> None:
         """Precondition, scale, and copy over the gradients; a layer of which nothing was ever seen keeps its own."""
-        directions: dict[_Slot, list[Tensor]] = {}
+        directions: dict[Slot, list[Tensor]] = {}
         for index, slot in enumerate(self._slots):
             if slot not in gradients or not slot.folded:
                 continue
@@ -495,7 +319,7 @@ class GradientPreconditioner:
             slot.write(made if isinstance(factor, float) and factor == 1.0 else [direction * factor for direction in made])
 
     def _kl_clip_factor(
-        self, gradients: dict[_Slot, list[Tensor]], directions: dict[_Slot, list[Tensor]], optimizer: Optimizer | None
+        self, gradients: dict[Slot, list[Tensor]], directions: dict[Slot, list[Tensor]], optimizer: Optimizer | None
     ) -> Tensor | None:
         """Return ``min(1, sqrt(kl_clip / sum lr^2 <P, V>))``, on the device."""
         if self.options.kl_clip is None or not directions:
@@ -510,20 +334,18 @@ class GradientPreconditioner:
         ]
         return (self.options.kl_clip / torch.stack(products).sum().clamp_min(1e-30)).sqrt().clamp_max(1.0)
 
-    def _end_step(self, slots: list[_Slot]) -> None:
+    def _end_step(self, slots: list[Slot]) -> None:
         if self._replayer is not None:
             self._replayer.expect([slot.block for slot in slots if slot.fresh and slot.entry.replays])
         for slot in slots:
             slot.steps += 1
             slot.fresh = False
         if self._watches_layers:
-            self._forget(slots)
-            self._unobserved.update(id(slot) for slot in slots)
-        self._loss = None
+            self._observer.end_step(slots)
         self._arm()
 
 
-def _telling(slot: _Slot) -> list[Tensor]:
+def _telling(slot: Slot) -> list[Tensor]:
     """Return what tells whether a step's sums are finite: of sums of ``x x^T`` the diagonals, which bound the other entries."""
     sums: list[Tensor] = slot.block.pending()
     return [s.diagonal(dim1=-2, dim2=-1) if slot.entry.symmetric_sums and s.ndim > 1 else s for s in sums]

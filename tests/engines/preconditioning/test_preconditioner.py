@@ -122,6 +122,17 @@ def test_an_optimizer_of_some_parameters_leaves_the_others_alone():
     assert not torch.equal(model[0].weight.grad, changed)
 
 
+def test_a_method_that_couples_layers_names_one_without_a_gradient():
+    model = nn.ModuleDict({"used": nn.Linear(4, 3), "unused": nn.Linear(4, 3)})
+    preconditioner = GradientPreconditioner(model, "full")
+    inputs, targets = batch(0)
+    loss = functional.cross_entropy(model["used"](inputs), targets)
+    preconditioner.observe(loss)
+    loss.backward()
+    with pytest.raises(InputError, match=r"full couples all layers, and unused has no gradient.*ignore=\['unused'\]"):
+        preconditioner.precondition()
+
+
 def test_kl_clip_bounds_the_step():
     inputs, targets = batch(0)
     products = []
