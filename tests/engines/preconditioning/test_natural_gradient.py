@@ -137,7 +137,7 @@ def test_both_ways_to_the_gram_matrix_agree(case):
     loss = functional.cross_entropy(model(x), y)
     preconditioner.observe(loss)
     loss.backward()
-    preconditioner._finish_pass()
+    preconditioner._observer.finish_pass()
     for slot in preconditioner._slots:
         (examples,) = slot.block._examples.values()
         rows, gradients = torch.zeros(2, N, N, dtype=torch.float64)

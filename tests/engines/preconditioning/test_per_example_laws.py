@@ -235,7 +235,7 @@ def directions(method, model, shares):
         loss = cross_entropy(module(inputs), targets)
         preconditioner.observe(loss)
         loss.backward()
-        preconditioner._finish_pass()
+        preconditioner._observer.finish_pass()
         ranks.append(preconditioner._slots)
     found = []
     for slots in zip(*ranks, strict=True):

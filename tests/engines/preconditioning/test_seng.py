@@ -162,7 +162,7 @@ def grams(made, draws, **options):
     dense = example_gradients(module, x, target)
     preconditioner = GradientPreconditioner(module, "seng", **options)
     observe(module, preconditioner, x, target)
-    preconditioner._finish_pass()
+    preconditioner._observer.finish_pass()
     for slot in preconditioner._slots:
         rows = layer_rows(dense, slot.name)
         drawn = []
@@ -189,7 +189,7 @@ def test_a_small_rank_is_the_best_approximation_of_the_output_gradients():
     loss = (layer(x) * g).sum()
     preconditioner.observe(loss)
     loss.backward()
-    preconditioner._finish_pass()
+    preconditioner._observer.finish_pass()
     (gram,) = preconditioner._slots[0].block.pending()
     left, values, right = torch.linalg.svd(g)
     values[:, 2:] = 0
@@ -221,7 +221,7 @@ def test_a_sketch_turns_the_direction_round_far_less_often_than_one_of_the_gram_
             for name, gradients in examples.items():
                 module.get_parameter(name).grad += torch.tensordot(draw(12, seed=3) / 12, gradients, 1)
         given = {layer: layer_gradient(module, layer) for layer in dense}
-        preconditioner._finish_pass()
+        preconditioner._observer.finish_pass()
         gram = {slot.name: slot.block.pending()[0] for slot in preconditioner._slots}
         preconditioner.precondition()
         for layer, gradient in given.items():
