@@ -6,7 +6,7 @@
 
 Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024, with its coefficients: they are chosen for
 their slope at 0, so the singular values end between about 0.7 and 1.2 and not at 1. We run it in bfloat16 on CUDA as the source
-does, but in the statistics' own precision on a CPU, where bfloat16 gains nothing.
+does, but in the statistics' own precision on a CPU: not every CPU multiplies bfloat16 faster than float32.
 
 The momentum is inside: the base optimizer is ``SGD(momentum=0)``. Parameters of one axis, and whatever is ignored by name (the
 source leaves out embeddings and the last layer), keep the plain gradient.
