@@ -3,9 +3,10 @@
 Claim: on the deep autoencoder K-FAC, EK-FAC, SOAP, Shampoo and PSGD need at most 0.55 of AdamW's steps, and on the character
 transformer SOAP and one Kronecker-factored method at most 0.8, for each of three seeds. Every contestant gets as many trials,
 on seed 0; the best setting then runs on all seeds. Rates are constant, AdamW has its default betas and no weight decay. Trials
-of AdamW run to the end. Those of the others end at AdamW's loss, or at half of the steps where they are behind AdamW's loss at a
-quarter of them, or when they diverge; the final runs go to the end. Seconds are those of the training steps alone, with one
-thread and two runs at a time.
+of AdamW run to the end, those of the others for 0.55 of the steps, and end at AdamW's loss, or when they diverge. What takes
+longer than a limit, which AdamW has not, is ended: out of time. Seconds are those of the training steps alone, with one thread
+and two runs at a time. Options that are not tried, and the middles of the grids, are
+in ``lightning_plugins/recipes/comparison_trials.py``.
 
 Run: python benchmarks/preconditioning_convergence.py [--tasks ...] [--methods ...] [--seeds N] [--steps N] [--trials N]
 Writes: benchmarks/results/preconditioning_convergence.csv, and all trials to preconditioning_convergence_grid.csv.
@@ -30,6 +31,8 @@ from lightning_plugins.recipes.comparison_trials import CONTESTANTS, FIRST_ORDER
 
 EVALUATE_EVERY = 5
 DIVERGED = 10.0  # times the loss before the first step
+TRIAL_STEPS = 0.55  # of AdamW's, in the trials of the others
+FINAL_TIME = 1.5  # times the limit of a trial
 GATES = {
     "deep_autoencoder": (0.55, [["kfac"], ["ekfac"], ["soap"], ["shampoo"], ["psgd"]]),
     "character_transformer": (0.8, [["soap"], ["kfac", "ekfac", "foof", "kbfgs", "shampoo", "psgd"]]),
@@ -38,14 +41,14 @@ GATES = {
 
 @dataclass(frozen=True)
 class Job:
-    """A training run: until ``target`` is reached, if one is given, and until ``halfway`` is missed at half of the steps."""
+    """A training run of so many steps, until ``target`` is reached, if one is given, or ``limit_s`` seconds are spent."""
 
     task: str
     trial: Trial
     seed: int
     steps: int
     target: float = -math.inf
-    halfway: float = math.inf
+    limit_s: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -101,18 +104,18 @@ def run(job: Job) -> Outcome:
             ended = "diverged"
         elif losses[step] <= job.target:
             ended = "reached the target"
-        elif step >= job.steps / 2 and min(losses.values()) > job.halfway:
-            ended = "behind at half"
+        elif spent_s > job.limit_s:
+            ended = "out of time"
         if ended:
             break
     return Outcome(job, losses, seconds, ended)
 
 
 def rank(outcome: Outcome, target: float) -> tuple[float, bool, float]:
-    """Return what the best trial has least of: steps to the target, else loss at the end of a run that was let go on."""
+    """Return what the best trial has least of: steps to the target, else loss at the end."""
     steps = outcome.steps_to(target)
     final = outcome.final if math.isfinite(outcome.final) else math.inf
-    return (math.inf if steps is None else steps, outcome.ended in ("diverged", "behind at half"), final)
+    return (math.inf if steps is None else steps, outcome.ended == "diverged", final)
 
 
 def all_outcomes(pool: Pool, jobs: Sequence[Job], words: str) -> list[Outcome]:
@@ -131,25 +134,25 @@ def compare(pool: Pool, task: str, given: argparse.Namespace) -> tuple[list[dict
     best = {"adamw": min(adamw, key=lambda outcome: rank(outcome, -math.inf))}
     if given.trials > 2 and at_edge(best["adamw"].job.trial, grids["adamw"]):
         raise SystemExit(f"AdamW's best lies at the edge of its grid on {task}: {best['adamw'].job.trial}; move the middle")
-    target, quarter = best["adamw"].final, _at(best["adamw"], steps / 4)
-    jobs = [Job(task, trial, 0, steps, target, quarter) for method in given.methods for trial in grids[method]]
+    target = best["adamw"].final
+    short = math.ceil(TRIAL_STEPS * steps)
+    jobs = [Job(task, trial, 0, short, target, given.limit) for method in given.methods for trial in grids[method]]
     tried = {method: [] for method in given.methods}
     for outcome in all_outcomes(pool, jobs, f"{task}: the others' grids"):
         tried[outcome.job.trial.method].append(outcome)
     best |= {method: min(outcomes, key=lambda outcome: rank(outcome, target)) for method, outcomes in tried.items()}
-    finals = [Job(task, best[method].job.trial, seed, steps) for method in best for seed in range(given.seeds)]
+    finals = [
+        Job(task, outcome.job.trial, seed, steps, limit_s=math.inf if name == "adamw" else FINAL_TIME * given.limit)
+        for name, outcome in best.items()
+        for seed in range(given.seeds)
+    ]
     outcomes = all_outcomes(pool, finals, f"{task}: best settings, {given.seeds} seeds")
     targets = {outcome.job.seed: outcome.final for outcome in outcomes if outcome.job.trial.method == "adamw"}
-    grid_rows = [_row(outcome, target, grids) for outcomes in (adamw, *tried.values()) for outcome in outcomes]
-    return [_row(outcome, targets[outcome.job.seed], grids) for outcome in outcomes], grid_rows
+    grid_rows = [_row(outcome, target, steps, grids) for outcomes in (adamw, *tried.values()) for outcome in outcomes]
+    return [_row(outcome, targets[outcome.job.seed], steps, grids) for outcome in outcomes], grid_rows
 
 
-def _at(outcome: Outcome, step: float) -> float:
-    """Return the lowest loss up to a step."""
-    return min(loss for at, loss in outcome.losses.items() if at <= step)
-
-
-def _row(outcome: Outcome, target: float, grids: dict[str, list[Trial]]) -> dict[str, Any]:
+def _row(outcome: Outcome, target: float, adamw_steps: int, grids: dict[str, list[Trial]]) -> dict[str, Any]:
     job, reached = outcome.job, outcome.steps_to(target)
     last = max(outcome.losses)
     return {
@@ -158,9 +161,9 @@ def _row(outcome: Outcome, target: float, grids: dict[str, list[Trial]]) -> dict
         "best_at_edge": at_edge(job.trial, grids[job.trial.method]),
         "seed": job.seed,
         "adamw_final_loss": f"{target:.5g}",
-        "adamw_steps": job.steps,
+        "adamw_steps": adamw_steps,
         "steps_to_it": reached,
-        "ratio": None if reached is None else f"{reached / job.steps:.3f}",
+        "ratio": None if reached is None else f"{reached / adamw_steps:.3f}",
         "seconds_to_it": None if reached is None else f"{outcome.seconds[reached]:.2f}",
         "steps": last,
         "loss": f"{outcome.final:.5g}",
@@ -194,7 +197,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="instead of the task's own")
-    parser.add_argument("--trials", type=int, default=12, help="of every contestant")
+    parser.add_argument("--trials", type=int, default=7, help="of every contestant")
+    parser.add_argument(
+        "--limit", type=float, default=16.0, help="seconds of training in a trial, and two thirds of a final run's"
+    )
     given = parser.parse_args()
     given.methods = [method for method in given.methods if method != "adamw"]
     start_s = time.perf_counter()

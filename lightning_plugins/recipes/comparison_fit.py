@@ -156,11 +156,22 @@ def run_trial(
     preconditioner = None if trial.method in FIRST_ORDER else Preconditioner(trial.method, **trial.options())
     record = Record(trial)
     measure = Measure(record, every, preconditioner, advance)
-    with _quiet():
+    with _quiet(), _one_thread():
         trainer = make_trainer([measure] if preconditioner is None else [preconditioner, measure])
         with fit_refusals(trainer):
             trainer.fit(contestant)
     return record
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch on one core: its matrices are small here, and seconds on shared cores would be those of waiting."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

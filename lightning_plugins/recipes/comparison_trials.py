@@ -20,28 +20,54 @@ CONTESTANTS = (*FIRST_ORDER, *METHODS)
 
 # Methods whose direction has a momentum already; the base optimizer of all others has one of 0.9.
 OWN_MOMENTUM = ("soap", "muon")
-# Optimizer steps between two refreshes; what is not named is cheap, or must be made at every step.
-INVERSE_EVERY = {"kfac": 5, "ekfac": 5, "foof": 5, "unit": 10, "soap": 5, "shampoo": 5}
+# What is not tried: intervals between two refreshes, so that steps cost about the same, and what keeps a method from diverging
+# or, of Shampoo, which roots its graft allows. Whatever is not named has its defaults.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "kfac": {"inverse_every": 5},
+    "ekfac": {"inverse_every": 5, "kl_clip": 3e-4},
+    "foof": {"inverse_every": 5},
+    "unit": {"factor_every": 5, "inverse_every": 10},
+    "soap": {"inverse_every": 5},
+    "shampoo": {"inverse_every": 5, "order": 2},
+}
 # Factors between two neighbours of a grid: of learning rates alone, and of learning rates and dampings together.
 RATE_ALONE, RATE_BESIDE, DAMPING = 10 ** (1 / 6), 10 ** (1 / 3), 10 ** (1 / 2)
 
 # Learning rate and damping in the middle of the grid, by task.
 _MIDDLES: dict[str, dict[str, tuple[float, float | None]]] = {
     "deep_autoencoder": {
-        "adamw": (0.006, None),
-        "sgd": (0.01, None),
-        "kfac": (0.02, 0.1),
-        "ekfac": (0.01, 0.1),
-        "soap": (0.01, None),
-        "shampoo": (0.001, None),
-        "psgd": (0.001, None),
+        "adamw": (0.0045, None),
+        "sgd": (0.02, None),
+        "kfac": (0.01, 0.03),
+        "foof": (0.01, 0.1),
+        "ekfac": (0.01, 0.03),
+        "unit": (0.003, 0.03),
+        "diag": (0.0003, 0.001),
+        "layer": (0.03, 0.03),
+        "full": (0.01, 0.03),
+        "kbfgs": (0.05, 1.0),
+        "seng": (0.03, 0.03),
+        "psgd": (0.0025, None),
+        "shampoo": (0.0014, None),
+        "soap": (0.007, None),
+        "muon": (0.002, None),
     },
     "character_transformer": {
-        "adamw": (0.006, None),
-        "sgd": (0.1, None),
-        "soap": (0.01, None),
-        "shampoo": (0.003, None),
+        "adamw": (0.012, None),
+        "sgd": (0.3, None),
+        "kfac": (0.03, 0.01),
+        "foof": (0.3, 0.1),
+        "ekfac": (0.01, 0.003),
+        "unit": (0.01, 0.003),
+        "diag": (0.003, 0.003),
+        "layer": (0.1, 0.01),
+        "full": (0.1, 0.01),
+        "kbfgs": (0.2, 0.3),
+        "seng": (0.1, 0.01),
         "psgd": (0.001, None),
+        "shampoo": (0.002, None),
+        "soap": (0.009, None),
+        "muon": (0.01, None),
     },
 }
 
@@ -73,7 +99,7 @@ class Trial:
 
     def options(self) -> dict[str, Any]:
         """Return the options of the preconditioner; for those that have one."""
-        options: dict[str, Any] = {"inverse_every": INVERSE_EVERY.get(self.method, 1)}
+        options = OPTIONS.get(self.method, {})
         return options if self.damping is None else {"damping": self.damping, **options}
 
     def row(self) -> dict[str, Any]:
@@ -83,7 +109,7 @@ class Trial:
             "learning_rate": self.learning_rate,
             "damping": self.damping,
             "momentum": self.momentum,
-            **{name: value for name, value in self.options().items() if name != "damping" and self.method not in FIRST_ORDER},
+            "options": " ".join(f"{name}={value}" for name, value in OPTIONS.get(self.method, {}).items()),
         }
 
 

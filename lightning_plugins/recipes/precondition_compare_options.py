@@ -35,7 +35,7 @@ class CLI(RecipeCLI):
         parser.add_argument("--task", type=str, default="deep_autoencoder", help="what is trained")
         parser.link_arguments("task", "model.task")
         parser.add_argument("--methods", type=list[str] | None, default=None, help="contestants; all by default")
-        parser.add_argument("--steps", type=int, default=200, help="of every trial")
+        parser.add_argument("--steps", type=int, default=120, help="of every trial")
         parser.add_argument("--trials", type=int, default=3, help="settings of every contestant")
         parser.add_argument("--evaluate_every", type=int, default=5, help="steps between two evaluations")
         parser.add_argument("--wandb", type=Literal["offline", "online", "disabled"], default="offline", help="the W&B run")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 from lightning_plugins._support.optional import require
 from lightning_plugins.reporting.figures import to_png
@@ -28,14 +29,14 @@ def draw_losses(
     matplotlib = require("matplotlib")
     figure = require("matplotlib.figure").Figure(figsize=(11, 6), dpi=100, layout="constrained")
     axes = figure.subplots()
-    palette = iter(matplotlib.colormaps["tab20"].colors[::2] + matplotlib.colormaps["tab20"].colors[1::2])
+    colours = matplotlib.colormaps["tab20"].colors
+    palette = cycle([colour for colour in colours[::2] + colours[1::2] if len({*colour}) > 1])  # greys are the rivals'
     for number, (name, points) in enumerate(curves.items()):
         shown = [(x, y) for x, y in points if math.isfinite(y) and y > 0]
         style = {"color": RIVALS[name], "linestyle": "--", "linewidth": 2.2} if name in RIVALS else {"color": next(palette)}
         axes.plot(*zip(*shown, strict=True), label=name, **style, zorder=2 + number)
     if target is not None:
-        axes.axhline(target, color="black", linewidth=0.8, linestyle=":")
-        axes.annotate(target_name, (0, target), (6, -12), ("axes fraction", "data"), "offset points", fontsize=9)
+        axes.axhline(target, color="black", linewidth=0.8, linestyle=":", label=target_name)
     axes.set_yscale("log")
     starts = [points[0][1] for points in curves.values() if points]
     if starts:
