@@ -4,17 +4,33 @@ Sums and counts are kept apart until a step ends: micro-batches, several calls o
 quotient is the mean over all of them, whatever their sizes.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
 # Patches are made for so many bytes at a time: unfolding a whole batch takes kernel-size times the memory of its input.
 CHUNK_BYTES = 64 * 2**20
+# Second moments narrower than this are one product, wider ones so many strips.
+NARROW = 192
+STRIPS = 4
 
 
 def second_moment(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``sum_r rows_r rows_r^T`` for rows ``(..., rows, F)`` as ``(..., F, F)``."""
+    """Return ``sum_r rows_r rows_r^T`` for rows ``(..., rows, F)`` as ``(..., F, F)``.
+
+    On a CPU wide ones are computed in strips up to the diagonal, 5/8 of the work; a GPU prefers one large product.
+    """
     rows = rows.to(dtype)
-    return torch.matmul(rows.mT, rows)
+    width = rows.shape[-1]
+    if rows.is_cuda or width < NARROW:
+        return torch.matmul(rows.mT, rows)
+    moment = rows.new_empty(*rows.shape[:-2], width, width)
+    for start, stop in itertools.pairwise(width * strip // STRIPS for strip in range(STRIPS + 1)):
+        strip = torch.matmul(rows[..., start:stop].mT, rows[..., :stop])
+        moment[..., start:stop, :stop] = strip
+        moment[..., :start, start:stop] = strip[..., :start].mT
+    return moment
 
 
 class RunningMean:

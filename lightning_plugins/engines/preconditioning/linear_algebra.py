@@ -22,9 +22,10 @@ class Trouble:
 
 
 def _factor(matrix: Tensor, ridge: Tensor) -> Tensor | None:
-    damped = matrix.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(ridge)
-    factor, info = torch.linalg.cholesky_ex(damped.mT)  # symmetric, and LAPACK wants columns: no transposed copy
+    factor = matrix.clone().mT  # symmetric, and LAPACK wants columns: it can work in place
+    factor.diagonal(dim1=-2, dim2=-1).add_(ridge)
+    info = torch.empty(matrix.shape[:-2], dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
     return None if bool(info.any()) or not bool(factor.diagonal(dim1=-2, dim2=-1).isfinite().all()) else factor
 
 
