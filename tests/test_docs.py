@@ -26,7 +26,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Appended to a recipe that a page runs at full length: CI runs that length as `make demo`.
 SHORT = {
     "panoramic_depth": "--data.train_rooms 8 --data.val_rooms 2 --data.test_rooms 2 --teacher_epochs 1 --trainer.max_epochs 1 "
-    "--wandb disabled"
+    "--wandb disabled",
+    "precondition_compare": "--methods '[adamw, kfac]' --steps 6 --trials 1 --wandb disabled",
 }
 
 

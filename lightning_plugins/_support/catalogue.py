@@ -80,6 +80,8 @@ def _options(source: str, name: str) -> list[tuple[str, str, str]]:
     for argument, default in zip([*plain, *constructor.args.kwonlyargs], [*defaults, *constructor.args.kw_defaults], strict=True):
         kind = f": {ast.unparse(argument.annotation)}" if argument.annotation else ""
         rows.append((f"{argument.arg}{kind}", f"= {ast.unparse(default)}" if default else "", lines.get(argument.arg, "")))
+    if further := constructor.args.kwarg:
+        rows.append((f"**{further.arg}", "", lines.get(further.arg, "")))
     return rows
 
 

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -100,18 +99,14 @@ class Record:
 class Measure(Callback):
     """Evaluates every few steps, and counts the seconds of the steps alone: neither evaluation nor making of batches.
 
-    It also shows methods that compare a batch before and after its step the batch again.
-
     Args:
         every: steps between two evaluations.
-        preconditioner: the trial's, if it has one.
         advance: called after each step.
     """
 
-    def __init__(self, record: Record, every: int, preconditioner: Preconditioner | None, advance: Callable[[], object]) -> None:
+    def __init__(self, record: Record, every: int, advance: Callable[[], object]) -> None:
         self.record = record
         self.every = every
-        self.preconditioner = preconditioner
         self.advance = advance
         self._spent_s = 0.0
         self._start_s = 0.0
@@ -124,8 +119,6 @@ class Measure(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         assert isinstance(pl_module, Contestant)
-        if self.preconditioner is not None and self.preconditioner.engine is not None:
-            self.preconditioner.engine.replay(partial(pl_module.training_step, batch, batch_idx))
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         self._spent_s += time.perf_counter() - self._start_s
@@ -155,7 +148,7 @@ def run_trial(
     trial = contestant.trial
     preconditioner = None if trial.method in FIRST_ORDER else Preconditioner(trial.method, **trial.options())
     record = Record(trial)
-    measure = Measure(record, every, preconditioner, advance)
+    measure = Measure(record, every, advance)
     with _quiet(), _one_thread():
         trainer = make_trainer([measure] if preconditioner is None else [preconditioner, measure])
         with fit_refusals(trainer):

@@ -9,17 +9,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from lightning_plugins._lightning import Trainer
 from lightning_plugins._support.atomic import atomic_write
 from lightning_plugins._support.run_folder import RunFolder
+from lightning_plugins.engines.preconditioning.analysis import CurvatureOperator, spectral_density
 from lightning_plugins.recipes.comparison_fit import Contestant, Record, run_trial
+from lightning_plugins.recipes.comparison_tasks import TASKS
 from lightning_plugins.recipes.comparison_trials import Trial
 from lightning_plugins.recipes.precondition_compare_options import CLI
 from lightning_plugins.recipes.run_loggers import RunLoggers
 from lightning_plugins.reporting.comparison import draw_losses
 from lightning_plugins.reporting.report import Figure, Table, Text, write_report
+from lightning_plugins.reporting.spectra import spectrum
 from lightning_plugins.reporting.tables import write_table
 
 RIVAL = "adamw"
@@ -36,7 +40,7 @@ def main(options: list[str], run: RunFolder, resume: bool) -> None:
     rows = [row(record, target, len(records[method]), cli.config.steps) for method, record in best.items()]
     write_table(run.path / "evaluation.csv", rows)
     write_table(run.path / "metrics.csv", [point for method in records for point in points(records[method], best[method])])
-    pictures = draw(best, target, run.path)
+    pictures = draw(best, target, run.path) | draw_spectrum(cli.config.task, cli.config.seed_everything, run.path)
     report(run, cli, rows, pictures)
     log(loggers, best)
     loggers.show(rows, pictures, of="losses")
@@ -113,6 +117,25 @@ def draw(best: dict[str, Record], target: float | None, folder: Path) -> dict[st
             file.write(picture)
         pictures[f"Loss against {name}, of every method's best trial."] = picture
     return pictures
+
+
+def draw_spectrum(task_name: str, seed: int, folder: Path) -> dict[str, bytes]:
+    """Draw the curvature of the first batch where all trials start: what damping is small or large against."""
+    task = TASKS[task_name](seed)
+    of_task = (task.make_module(), task.loss, [task.batch(0)])
+    operators = {
+        "Hessian": CurvatureOperator(*of_task, "hessian"),
+        "Gauss-Newton": CurvatureOperator(*of_task, "gauss_newton"),
+    }
+    densities = {
+        name: spectral_density(operator, probes=1, steps=24, generator=torch.Generator().manual_seed(seed))
+        for name, operator in operators.items()
+    }
+    grid = densities["Hessian"].grid()
+    picture = spectrum(grid, {name: density.density(grid) for name, density in densities.items()})
+    with atomic_write(folder / "spectrum.png") as file:
+        file.write(picture)
+    return {"Eigenvalues of the loss's curvature where all trials start.": picture}
 
 
 def report(run: RunFolder, cli: CLI, rows: list[dict[str, Any]], pictures: dict[str, bytes]) -> None:

@@ -24,7 +24,7 @@ def test_info_shows_the_signature_and_a_line_for_each_option(name):
     assert f"{METHODS[name].tier}, {METHODS[name].room}" in text
     parameters = list(inspect.signature(getattr(lightning_plugins, name).__init__).parameters.values())[1:]
     for parameter in parameters:
-        line = re.search(rf"^  {parameter.name}(: .*)?$", text, re.MULTILINE)
+        line = re.search(rf"^  (\*\*)?{parameter.name}(:? .*)?$", text, re.MULTILINE)
         assert line, f"{name} has no line for {parameter.name}"
         if isinstance(parameter.default, str | int | float | bool | None):
             assert "= " in line[0], line[0]
