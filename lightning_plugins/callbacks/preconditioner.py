@@ -193,7 +193,8 @@ class Preconditioner(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Rewrite the gradients of this optimizer's parameters."""
         assert self.engine is not None
-        if not self._observed and self.engine.taps.armed:
+        has_gradients = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+        if not self._observed and self.engine.taps.armed and has_gradients:  # training_step may have returned None
             raise InputError("no backward pass went through Lightning; call self.manual_backward(loss), not loss.backward()")
         scale = _gradient_scale(trainer, optimizer)
         if self.clip_raw is not None:

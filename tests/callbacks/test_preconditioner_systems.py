@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_plugins import Preconditioner
 from lightning_plugins._lightning import LightningModule, Trainer, submodule
@@ -116,6 +117,42 @@ def test_bfloat16_trains_with_statistics_of_float32():
 
 
 # Optimizers
+
+
+class Manual(Classifier):
+    """Steps by itself, within the autocast of mixed precision; the first batch has no loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)["loss"]
+        self.manual_backward(loss)
+        self.optimizers().step()
+        self.optimizers().zero_grad()
+
+
+def test_manual_optimization_in_bfloat16_keeps_statistics_of_float32():
+    torch.manual_seed(0)
+    module, callback = Manual(), Preconditioner("kfac")
+    data = DataLoader(TensorDataset(torch.randn(64, 6), torch.randint(0, 3, (64,))), batch_size=8)
+    fit(module, callback, data=data, max_steps=6, precision="bf16-mixed")
+    kept = [factor["value"].dtype for factors in statistics_of(callback) for factor in factors.values()]
+    assert kept == [torch.float32] * 4
+
+
+class Skipping(Classifier):
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx < 2 else super().training_step(batch, batch_idx)
+
+
+def test_a_first_batch_without_a_loss_is_skipped():
+    torch.manual_seed(0)
+    module = Skipping().double()
+    fit(module, Preconditioner("kfac"), max_steps=5)
+    assert len(module.losses) == 3, "Lightning counts two skipped batches as steps"
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
 
 
 def test_fused_adamw_equals_the_plain_one():

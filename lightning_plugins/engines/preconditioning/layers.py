@@ -273,8 +273,17 @@ def norm_example_gradients(layer: Layer, x: Tensor, gradient: Tensor, dtype: tor
     return torch.stack([each.reshape(x.shape[0], -1, layer.weight.numel()).sum(1) for each in sums], dim=-1)
 
 
+def _weight_and_bias(module: nn.Module) -> tuple[object, object]:
+    return getattr(module, "weight", None), getattr(module, "bias", None)
+
+
 def layer_of(name: str, module: nn.Module) -> Layer | None:
-    """Return the layer that a module is, or None if its parameters keep the plain gradient."""
+    """Return the layer that a module is, or None if its parameters keep the plain gradient.
+
+    A weight that is computed (``torch.nn.utils.parametrizations``, weight and spectral norm) is no parameter, and no layer here.
+    """
+    if any(isinstance(value, Tensor) and not isinstance(value, nn.Parameter) for value in _weight_and_bias(module)):
+        return None
     if isinstance(module, nn.Linear):
         return _linear(name, module)
     if isinstance(module, CONVOLUTIONS):

@@ -121,7 +121,7 @@ class Observer:
         """The sink of the taps: called within a backward pass, for every call of a layer."""
         slot = self._slot_of[id(layer)]
         slot.seen = True
-        if slot not in self._due:
+        if slot not in self._due or gradient.numel() == 0:  # an expert may have been given no rows
             return
         # The extra passes of a prediction run within `observe`, which is timed as a whole.
         with nullcontext() if self.fisher in ("mc", "exact") else self.stopwatch.running("taps"):
@@ -149,7 +149,7 @@ class Observer:
             seeds = sampled_seeds(self._loss, self.options.samples, self.generator)
         else:
             seeds = exact_seeds(self._loss, positions_apart=self._entry.per_example)
-        parameters = [parameter for slot in self._slots for parameter in slot.parameters]
+        parameters = [parameter for slot in self._slots for parameter in slot.parameters if parameter.requires_grad]
         for index, seed in enumerate(seeds):
             self.taps.receiving, self._count_inputs = True, index == 0
             counted = len(self._passes)

@@ -61,6 +61,8 @@ class Options:
         check_count("samples", self.samples)
         check_choice("reduction", self.reduction, ("auto", "mean", "sum"))
         check_choice("norms", self.norms, NORMS)
+        if isinstance(self.ignore, str):
+            raise InputError(f"ignore must be a list of parts of names, got {self.ignore!r}; write ignore=[{self.ignore!r}]")
         if self.inverse_every % self.factor_every:
             raise InputError(
                 f"inverse_every must be a multiple of factor_every, got {self.inverse_every} and {self.factor_every}; "

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_plugins._support.errors import InputError
+from lightning_plugins._support.errors import InputError, nearest
 from lightning_plugins.engines.preconditioning.blocks import MethodEntry
 from lightning_plugins.engines.preconditioning.layers import Layer, layer_of
 
@@ -61,6 +61,11 @@ def make_plan(module: nn.Module, method: str, entries: dict[str, MethodEntry], n
     methods: dict[int, str] = {}
     plan = Plan([], [], [])
     names = {id(parameter): name for name, parameter in module.named_parameters()}
+    unfit = _unfit(module)
+    known = [*names.values(), *(name for name, _ in module.named_modules() if name)]
+    for part in ignore:
+        if not any(part in name for name in known):
+            raise InputError(f"ignore={part!r} is part of no name in {type(module).__name__}; {nearest(part, known)}")
 
     def ignored(name: str) -> bool:
         return any(part in name for part in ignore)
@@ -69,6 +74,8 @@ def make_plan(module: nn.Module, method: str, entries: dict[str, MethodEntry], n
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 reasons[id(parameter)] = "frozen"
+            elif id(parameter) in unfit:
+                reasons[id(parameter)] = unfit[id(parameter)]
             elif ignored(name):
                 reasons[id(parameter)] = "ignored by name"
             elif reason := entry.refuses(parameter):
@@ -78,12 +85,17 @@ def make_plan(module: nn.Module, method: str, entries: dict[str, MethodEntry], n
                 methods[id(parameter)] = method
     else:
         owners: dict[int, Layer] = {}
+        kinds = _kinds_by_weight(module)
         for name, part in module.named_modules(remove_duplicate=True):
             layer = layer_of(name, part)
             if layer is None:
                 continue
             chosen = method if layer.kind in entry.kinds else norms if layer.kind == "norm" else "plain"
-            reason = _refusal(layer, chosen, owners, ignored(name), names, method)
+            skipped = ignored(name) or any(ignored(names.get(id(parameter), "")) for parameter in layer.parameters)
+            reason = "ignored by name" if skipped else _refusal(layer, chosen, owners, names, method)
+            reason = reason or next((unfit[id(p)] for p in layer.parameters if id(p) in unfit), "")
+            if not reason and len(kinds[id(layer.weight)]) > 1:
+                reason = f"layers of kinds {' and '.join(sorted(kinds[id(layer.weight)]))} share its weight"
             if reason:
                 reasons.update({id(parameter): reason for parameter in layer.parameters if id(parameter) not in methods})
                 continue
@@ -103,19 +115,42 @@ def make_plan(module: nn.Module, method: str, entries: dict[str, MethodEntry], n
     return plan
 
 
-def _refusal(layer: Layer, chosen: str, owners: dict[int, Layer], ignored: bool, names: dict[int, str], method: str) -> str:
+def _unfit(module: nn.Module) -> dict[int, str]:
+    """Return why a parameter cannot be preconditioned by any method, by its id."""
+    found = {}
+    for part in module.modules():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
+            found[id(part.weight)] = "its gradients are sparse"
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise InputError(f"{name} has no shape yet; run one batch through the module first, then attach")
+        if parameter.is_complex():
+            found[id(parameter)] = "complex"
+        elif parameter.numel() == 0:
+            found[id(parameter)] = "empty"
+    return found
+
+
+def _kinds_by_weight(module: nn.Module) -> dict[int, set[str]]:
+    """Return the kinds of layers that have a weight, by its id: an embedding and an output layer often share theirs."""
+    kinds: dict[int, set[str]] = {}
+    for name, part in module.named_modules():
+        layer = layer_of(name, part)
+        if layer is not None:
+            kinds.setdefault(id(layer.weight), set()).add(layer.kind)
+    return kinds
+
+
+def _refusal(layer: Layer, chosen: str, owners: dict[int, Layer], names: dict[int, str], method: str) -> str:
     """Return why a layer keeps the plain gradient, or nothing."""
-    if ignored:
-        return "ignored by name"
-    if not all(parameter.requires_grad for parameter in layer.parameters):
-        return "frozen"
+    frozen = [names.get(id(parameter), layer.name) for parameter in layer.parameters if not parameter.requires_grad]
+    if frozen:
+        return "frozen" if len(frozen) == len(layer.parameters) else f"{frozen[0]} is frozen, and the layer is taken as a whole"
     if chosen == "plain":
         return f"{method} has no form for layers of kind {layer.kind}"
-    if any(id(parameter) not in names for parameter in layer.parameters):
-        return "not a parameter of the module (a parametrization computes it)"
     owner = owners.get(id(layer.weight))
-    if owner is not None and (owner.kind != layer.kind or owner.bias is not layer.bias):
-        return f"its weight is shared with {owner.name}, of kind {owner.kind}"
+    if owner is not None and owner.bias is not layer.bias:
+        return f"its weight is shared with {owner.name}, and its bias is not"
     return ""
 
 

@@ -119,7 +119,8 @@ class GradientPreconditioner:
         Raises:
             InputError: if curvature was due in this step and ``observe`` was not called.
         """
-        with self.stopwatch.running("precondition"):
+        device_type = self._slots[0].parameters[0].device.type
+        with self.stopwatch.running("precondition"), torch.autocast(device_type, enabled=False):
             self._precondition(optimizer, gradient_scale)
 
     def _precondition(self, optimizer: Optimizer | None, gradient_scale: float) -> None:
@@ -187,6 +188,8 @@ class GradientPreconditioner:
     def state_dict(self) -> State:
         """Return the whole state, of tensors and plain values; loading it continues with the same bits.
 
+        The tensors are live, as those of torch's optimizers are: copy them to go back to them within the same process.
+
         No collectives are called. Where ranks share inverses out (``worker_fraction`` below 1), each returns its own alone, and
         after loading every inverse is refreshed at the first step.
         """
@@ -228,7 +231,17 @@ class GradientPreconditioner:
         if optimizer is None:
             return self._slots
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        return [slot for slot in self._slots if all(id(parameter) in held for parameter in slot.parameters)]
+        chosen = []
+        for slot in self._slots:
+            here = [id(parameter) in held for parameter in slot.parameters]
+            if all(here):
+                chosen.append(slot)
+            elif any(here):
+                raise InputError(
+                    f"{slot.name} is preconditioned as a whole, and the optimizer holds {sum(here)} of its {len(here)} "
+                    "parameters; give all of them to one optimizer, or choose a method that takes less together: layer, not full"
+                )
+        return chosen
 
     def _due(self, slot: Slot, every: int) -> bool:
         return slot.steps % every == 0 or slot.steps < self.options.warmup_steps

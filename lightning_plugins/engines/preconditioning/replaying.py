@@ -101,7 +101,7 @@ class Replayer:
                     self._replayed = noise
                     loss = closure()
                     self._loss = read_loss(loss, self._reduction)
-                    torch.autograd.grad(loss, self._parameters, allow_unused=True)
+                    torch.autograd.grad(loss, [p for p in self._parameters if p.requires_grad], allow_unused=True)
                     terms += self._loss.terms or 0.0
             return self._fold(terms, damping)
         finally:
@@ -132,10 +132,14 @@ class Replayer:
         if self._loss.terms is None:
             self._loss.terms = float(layer.output_gradients(gradient).shape[1])
         block = self._blocks[id(layer)]
-        if block in self._expected:
+        if block in self._expected and gradient.numel():
             block.accumulate_replayed(layer, x, gradient, self._loss.scale(self._loss.terms))
 
     def _fold(self, terms: float, damping: float) -> bool:
+        with torch.autocast(self._parameters[0].device.type, enabled=False):
+            return self._fold_sums(terms, damping)
+
+    def _fold_sums(self, terms: float, damping: float) -> bool:
         sums = [tensor for block in self._expected for tensor in block.replayed()]
         count = sums[0].new_tensor([terms], dtype=torch.float64)
         self._sharing.add([*sums, count])

@@ -40,24 +40,28 @@ class Taps:
                 f"{compiled[0]} was compiled before the preconditioner was attached, and compiled code ignores later hooks; "
                 "attach first, then call torch.compile"
             )
-        self._handles: list[RemovableHandle] = [module.register_forward_hook(self._hook(layer)) for module, layer in layers]
+        self._handles: list[RemovableHandle] = [
+            module.register_forward_hook(self._hook(layer), with_kwargs=True) for module, layer in layers
+        ]
 
-    def _hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+    def _hook(self, layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
         # A compiler would trace what happens in the backward pass with the values that hold now; so it breaks the graph here, at
         # every layer, but only while the taps are armed.
         register = torch.compiler.disable(self._register)
 
-        def tap(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        def tap(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
             if not self.armed or not layer.weight.requires_grad or not output.requires_grad:
                 return
-            register(layer, inputs[0].detach(), output)
+            given = inputs[0] if inputs else named["input"]
+            register(layer, given.detach(), output)
 
         return tap
 
     def _register(self, layer: Layer, given: Tensor, output: Tensor) -> None:
         def receive(gradient: Tensor) -> None:
             if self.receiving:
-                with torch.no_grad():
+                # Manual optimization runs backward within autocast: statistics must not become half precision there.
+                with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
                     self._sink(layer, given, gradient.detach())
 
         output.register_hook(receive)

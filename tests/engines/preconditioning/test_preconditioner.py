@@ -179,19 +179,20 @@ def test_the_table_names_what_preconditions_what():
     assert lines["attention.in_proj_weight"].endswith("no layer of a kind that the method knows")
 
 
-def test_what_is_tied_to_another_kind_of_layer_keeps_its_gradient():
-    model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(4, 7, bias=False))
-    model[2].weight = model[0].weight
-    (line,) = GradientPreconditioner(model, "kfac").table
-    assert line.method == "kfac"  # the embedding's; the linear layer's calls are not seen
+def test_what_layers_of_two_kinds_share_keeps_its_gradient():
+    model = nn.ModuleDict({"words": nn.Embedding(7, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 7, bias=False)})
+    model["head"].weight = model["words"].weight
+    lines = {line.parameter: line for line in GradientPreconditioner(model, "kfac").table}
+    assert lines["words.weight"].reason == "layers of kinds embedding and linear share its weight"
+    assert lines["body.weight"].method == "kfac"
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         ({"method": "kfak"}, "there is no method 'kfak'; did you mean .*kfac"),
-        ({"damping": 0.0}, "damping must be above 0, got 0.0"),
-        ({"damping": -1.0}, "damping must be above 0, got -1.0"),
+        ({"damping": 0.0}, "damping must be a finite number above 0, got 0.0"),
+        ({"damping": -1.0}, "damping must be a finite number above 0, got -1.0"),
         (
             {"factor_every": 10, "inverse_every": 25},
             "inverse_every must be a multiple of factor_every, got 25 and 10; 20 is the nearest",
@@ -204,6 +205,11 @@ def test_what_is_tied_to_another_kind_of_layer_keeps_its_gradient():
         ({"worker_fraction": 0.0}, r"worker_fraction must be in \(0, 1\], got 0.0"),
         ({"loss": "nll"}, "loss must be one of cross_entropy, squared_error, binary_cross_entropy, got 'nll'"),
         ({"warmup_steps": -1}, "warmup_steps must be 0 or more, got -1"),
+        ({"damping": float("inf")}, "damping must be a finite number above 0, got inf"),
+        ({"damping": "0.1"}, "damping must be a finite number above 0, got '0.1'"),
+        ({"factor_every": float("nan")}, "factor_every must be a whole number of 1 or more, got nan"),
+        ({"ignore": "head"}, r"ignore must be a list of parts of names, got 'head'; write ignore=\['head'\]"),
+        ({"ignore": ["haed"]}, "ignore='haed' is part of no name in Sequential"),
     ],
 )
 def test_bad_options_are_refused(options, sentence):
