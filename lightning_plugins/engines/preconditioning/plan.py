@@ -74,11 +74,9 @@ def make_plan(module: nn.Module, method: str, entries: dict[str, MethodEntry], n
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 reasons[id(parameter)] = "frozen"
-            elif id(parameter) in unfit:
-                reasons[id(parameter)] = unfit[id(parameter)]
             elif ignored(name):
                 reasons[id(parameter)] = "ignored by name"
-            elif reason := entry.refuses(parameter):
+            elif reason := entry.refuses(parameter) or unfit.get(id(parameter), ""):
                 reasons[id(parameter)] = reason
             else:
                 plan.parameters.append((name, parameter, method))

@@ -16,8 +16,10 @@ def check_decay(name: str, value: float) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    if not _is_number(value) or not 0 < value < math.inf:
-        raise InputError(f"{name} must be a finite number above 0, got {value!r}")
+    if not _is_number(value) or not value > 0:
+        raise InputError(f"{name} must be above 0, got {value!r}")
+    if value == math.inf:
+        raise InputError(f"{name} must be finite, got {value}")
 
 
 def check_count(name: str, value: int) -> None:
