@@ -48,14 +48,18 @@ def reduce_between_barriers(rank, world_size, count):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_an_allreduce_sends_what_the_ring_must(ranks, hosts, world_size):
-    """Each rank of a ring sends and receives 2 (P - 1) / P times the tensor; headers and the set-up add a few per cent."""
+    """Each rank of a ring sends and receives 2 (P - 1) / P times the tensor.
+
+    What comes on top, at most: a header of 66 bytes to every 1448 of the tensor (4.6 %), an acknowledgement of 66 bytes to every
+    two segments received (2.3 %), and less than 1 % of set-up.
+    """
     network = hosts(world_size)
     count = 1_000_000
     ranks.run(reduce_between_barriers, world_size, count, hosts=network.place(*range(world_size)))
     expected = 2 * (world_size - 1) / world_size * 4 * count
     for number in range(world_size):
-        assert expected < network.bytes_sent(number) < 1.05 * expected
-        assert expected < network.bytes_received(number) < 1.05 * expected
+        assert expected < network.bytes_sent(number) < 1.08 * expected
+        assert expected < network.bytes_received(number) < 1.08 * expected
 
 
 def test_ranks_on_one_host_send_nothing_outside(ranks, hosts):
