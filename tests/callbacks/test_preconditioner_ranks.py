@@ -14,6 +14,9 @@ from lightning_plugins._lightning import LightningModule, Trainer, submodule
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.engines.preconditioning import METHODS
 
+OLD = pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="FSDP2 of torch 2.6 wants a GPU: its streams record events")
+STRATEGIES = ["ddp", pytest.param("fsdp2", marks=OLD)]
+
 pytestmark = pytest.mark.adapter
 
 STEPS = 6
@@ -152,7 +155,7 @@ STEADY = {
 SHARED = [name for name, entry in METHODS.items() if not entry.couples_examples]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_method_on_two_ranks_equals_one_process(ranks, strategy):
     names = [name for name in SHARED if strategy == "ddp" or not METHODS[name].replays]
     options = [*({"method": name, **STEADY.get(name, {})} for name in names), OPTIONS]
@@ -192,7 +195,7 @@ class Streamed(Convolutional):
             self.trainer.save_checkpoint(self.save_to)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_run_on_two_ranks_resumes_between_refreshes_with_the_same_bits(ranks, strategy, tmp_path):
     for whole_run, resumed in ranks.run(resume, 2, strategy, str(tmp_path)):
         for name, value in whole_run.items():
