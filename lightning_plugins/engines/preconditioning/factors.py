@@ -11,22 +11,29 @@ from torch import Tensor
 
 # Patches are made for so many bytes at a time: unfolding a whole batch takes kernel-size times the memory of its input.
 CHUNK_BYTES = 64 * 2**20
-# Second moments narrower than this are one product, wider ones so many strips.
-NARROW = 192
-STRIPS = 4
+# Below this width a product is too short to be worth cutting; more strips than four save little and are slow themselves.
+_NARROW = 256
+_STRIPS = 4
+
+
+def strips(width: int, on_gpu: bool) -> list[tuple[int, int]]:
+    """Return the rows of each strip in which one triangle of a symmetric or triangular product is made, 5/8 of the work.
+
+    A GPU prefers one large product, and narrow ones stay whole.
+    """
+    count = 1 if on_gpu or width < _NARROW else _STRIPS
+    return list(itertools.pairwise(width * strip // count for strip in range(count + 1)))
 
 
 def second_moment(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``sum_r rows_r rows_r^T`` for rows ``(..., rows, F)`` as ``(..., F, F)``.
-
-    On a CPU wide ones are computed in strips up to the diagonal, 5/8 of the work; a GPU prefers one large product.
-    """
+    """Return ``sum_r rows_r rows_r^T`` for rows ``(..., rows, F)`` as ``(..., F, F)``."""
     rows = rows.to(dtype)
     width = rows.shape[-1]
-    if rows.is_cuda or width < NARROW:
+    cuts = strips(width, rows.is_cuda)
+    if len(cuts) == 1:
         return torch.matmul(rows.mT, rows)
     moment = rows.new_empty(*rows.shape[:-2], width, width)
-    for start, stop in itertools.pairwise(width * strip // STRIPS for strip in range(STRIPS + 1)):
+    for start, stop in cuts:
         strip = torch.matmul(rows[..., start:stop].mT, rows[..., :stop])
         moment[..., start:stop, :stop] = strip
         moment[..., :start, start:stop] = strip[..., :start].mT

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_plugins.engines.preconditioning.examples import Examples, Rows
 from lightning_plugins.engines.preconditioning.factors import CHUNK_BYTES
+from lightning_plugins.engines.preconditioning.linear_algebra import Trouble, damped_cholesky
 
 
 def add_gram(total: Tensor, examples: Examples) -> None:
@@ -86,3 +87,10 @@ def weighted_sum(rows: Rows, weights: Tensor, in_dim: int) -> Tensor:
         return gradients.mT @ rows.inputs.flatten(1, 2)
     columns = gradients.new_zeros(in_dim, gradients.shape[-1])
     return columns.index_add_(0, rows.inputs.flatten(), gradients[0]).mT.unsqueeze(0)
+
+
+def damped_gram(gram: Tensor, damping: float, trouble: Trouble) -> tuple[Tensor | None, float]:
+    """Return the Cholesky factor of ``gram + damping I``, or None, and the damping it took: the ladder may double it."""
+    doublings = trouble.doubled_ridges
+    factor = damped_cholesky(gram, gram.new_full((1,), damping), trouble)
+    return factor, damping * 2.0 ** (trouble.doubled_ridges - doublings)

@@ -11,7 +11,6 @@ frequencies. A factor wider than ``max_dim`` becomes block-diagonal: of 4,096 in
 """
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,8 +19,7 @@ from torch.nn import functional
 from lightning_plugins.engines.preconditioning.blocks import State, statistics_dtype
 from lightning_plugins.engines.preconditioning.factors import CHUNK_BYTES, RunningMean, second_moment
 from lightning_plugins.engines.preconditioning.layers import Layer
-
-Positions = Literal["expand", "reduce"]
+from lightning_plugins.engines.preconditioning.settings import Positions
 
 
 class KroneckerFactors:

@@ -6,15 +6,12 @@ vector and a scalar have one axis. With ``T_(i)`` the matrix whose rows run over
     add_moment_    S <- kept S + taken T_(i) T_(i)^T, above the diagonal      multiply_axis    T'_(i) = M T_(i)
 """
 
-import itertools
 import math
 
 import torch
 from torch import Tensor, nn
 
-# Below this width a product is too short to be worth cutting; more strips than four save little and are slow themselves.
-_NARROW = 256
-_STRIPS = 4
+from lightning_plugins.engines.preconditioning.factors import strips
 
 
 def working_shape(shape: torch.Size, flatten: bool) -> tuple[int, ...]:
@@ -42,24 +39,16 @@ def add_moment_(statistic: Tensor, tensor: Tensor, axis: int, *, kept: float, ta
     the diagonal on, 5/8 of the work; a GPU prefers one large product.
     """
     rows = axis_rows(tensor, axis)
-    for start, stop in _strips(statistic):
+    for start, stop in strips(len(statistic), statistic.is_cuda):
         statistic[start:stop, start:].addmm_(rows[start:stop], rows[start:].mT, beta=kept, alpha=taken)
 
 
 def multiply_triangles(one: Tensor, other: Tensor) -> Tensor:
     """Return the product of two upper triangular matrices; what stands below their diagonals must be 0."""
     product = torch.zeros_like(other)
-    for start, stop in _strips(other):
+    for start, stop in strips(len(other), other.is_cuda):
         torch.mm(one[start:stop, start:], other[start:, start:], out=product[start:stop, start:])
     return product
-
-
-def _strips(matrix: Tensor) -> list[tuple[int, int]]:
-    """Return the rows of each strip of an upper triangle."""
-    width = len(matrix)
-    strips = 1 if matrix.is_cuda or width < _NARROW else _STRIPS
-    bounds = [width * strip // strips for strip in range(strips + 1)]
-    return list(itertools.pairwise(bounds))
 
 
 def symmetric(statistic: Tensor) -> Tensor:

@@ -1,16 +1,17 @@
 """Oracle: the update in numpy with explicit inverses, and the inverse curvature that the fit must find."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.engines.preconditioning import GradientPreconditioner
 from lightning_plugins.engines.preconditioning.methods.psgd import PSGD, PSGDSettings
+from tests.engines.preconditioning.regression import regression, train
 
 
 def draws(shape, count, seed=0):
@@ -160,22 +161,7 @@ def test_half_precision_keeps_the_fit_in_float32():
     assert {q.dtype for q in psgd.triangles} == {torch.float32}
 
 
-def regression():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2)).double()
-
-
-def run(model, preconditioner, steps, start=0, poison=()):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    for index in range(start, start + steps):
-        inputs = torch.tensor(draws((8, 2, 3, 3), 1, seed=index)[0])
-        optimizer.zero_grad()
-        functional.mse_loss(model(inputs), inputs.flatten(1)[:, :2]).backward()
-        if index in poison:
-            model[0].weight.grad[0, 0] = torch.inf
-        preconditioner.precondition(optimizer)
-        if index not in poison:
-            optimizer.step()
+run = partial(train, learning_rate=0.01)
 
 
 def test_a_saved_state_continues_bit_equal_with_the_same_probes():

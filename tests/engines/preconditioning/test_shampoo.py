@@ -1,16 +1,17 @@
 """Oracle: numpy, an eigendecomposition per axis and step."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.engines.preconditioning import GradientPreconditioner
 from lightning_plugins.engines.preconditioning.methods.shampoo import Shampoo, ShampooSettings
+from tests.engines.preconditioning.regression import regression, train
 
 
 def draws(shape, count, seed=0):
@@ -154,22 +155,7 @@ def test_half_precision_keeps_statistics_in_float32():
     assert shampoo.statistics[0].dtype == torch.float32
 
 
-def regression():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2)).double()
-
-
-def run(model, preconditioner, steps, start=0, poison=()):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for index in range(start, start + steps):
-        inputs = torch.tensor(draws((8, 2, 3, 3), 1, seed=index)[0])
-        optimizer.zero_grad()
-        functional.mse_loss(model(inputs), inputs.flatten(1)[:, :2]).backward()
-        if index in poison:
-            model[0].weight.grad[0, 0] = torch.inf
-        preconditioner.precondition(optimizer)
-        if index not in poison:
-            optimizer.step()
+run = partial(train, learning_rate=0.05)
 
 
 @pytest.mark.parametrize("graft", ["none", "sgd", "adagrad", "rmsprop", "adam"])

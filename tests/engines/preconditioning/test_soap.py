@@ -1,16 +1,17 @@
 """Oracles: torch.optim.Adam where all bases are the identity, and the paper's algorithm in numpy."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.engines.preconditioning import GradientPreconditioner
 from lightning_plugins.engines.preconditioning.methods.soap import SOAP, SOAPSettings
+from tests.engines.preconditioning.regression import regression, train
 
 
 def draws(shape, count, seed=0):
@@ -148,22 +149,7 @@ def test_half_precision_keeps_statistics_in_float32():
     assert {soap.statistics[0].dtype, soap.bases[0].dtype, soap.first.dtype, soap.second.dtype} == {torch.float32}
 
 
-def regression():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2)).double()
-
-
-def run(model, preconditioner, steps, start=0, poison=()):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    for index in range(start, start + steps):
-        inputs = torch.tensor(np.random.default_rng(index).normal(size=(8, 2, 3, 3)))
-        optimizer.zero_grad()
-        functional.mse_loss(model(inputs), inputs.flatten(1)[:, :2]).backward()
-        if index in poison:
-            model[0].weight.grad[0, 0] = torch.inf
-        preconditioner.precondition(optimizer)
-        if index not in poison:
-            optimizer.step()
+run = partial(train, learning_rate=0.01)
 
 
 def test_a_saved_state_continues_bit_equal_between_two_refreshes():

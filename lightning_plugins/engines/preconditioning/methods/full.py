@@ -24,9 +24,9 @@ from torch import Tensor
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.engines.preconditioning.blocks import MethodEntry, State
 from lightning_plugins.engines.preconditioning.examples import Examples
-from lightning_plugins.engines.preconditioning.gram import add_gram, products_with, weighted_sum
+from lightning_plugins.engines.preconditioning.gram import add_gram, damped_gram, products_with, weighted_sum
 from lightning_plugins.engines.preconditioning.layers import Layer
-from lightning_plugins.engines.preconditioning.linear_algebra import Trouble, damped_cholesky
+from lightning_plugins.engines.preconditioning.linear_algebra import Trouble
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,7 @@ class NaturalGradient:
         """Factor ``K / terms + lambda I`` in float64, where ``K`` is small and its rounding is not."""
         if not self._terms:
             return
-        gram = self.pending()[0].double() / self._terms
-        doublings = self.trouble.doubled_ridges
-        self._factor = damped_cholesky(gram, gram.new_full((1,), damping), self.trouble)
-        self._damping = damping * 2.0 ** (self.trouble.doubled_ridges - doublings)
+        self._factor, self._damping = damped_gram(self.pending()[0].double() / self._terms, damping, self.trouble)
 
     def derived(self) -> list[Tensor]:
         return [] if self._factor is None else [self._factor]
