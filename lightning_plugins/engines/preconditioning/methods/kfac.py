@@ -70,8 +70,8 @@ class KFAC:
         widths = [out_dim / self.factors.output_pieces] * self.factors.output_pieces
         widths += [] if self.factors.diagonal_inputs else [in_dim / self.factors.input_pieces] * self.factors.input_pieces
         self.refresh_cost = blocks * sum(width**3 for width in widths)
-        # The input side keeps a Cholesky factor at first: two triangular solves take little more than a product with the inverse, and
-        # making that takes two thirds of I^3 more. From the second use on the inverse pays.
+        # The input side keeps a Cholesky factor at first: two triangular solves cost little more than a product with the inverse,
+        # and making that takes two thirds of I^3 more. From the second use on the inverse pays.
         self._solvers: list[Tensor] = []
         self._uses = 0
 
