@@ -1,0 +1,179 @@
+"""One step of a sparse allreduce: over the whole vector at once, or segment by segment as they become known.
+
+What a segment sends is decided by thresholds that are known beforehand, for the whole vector, and by what is left of the budget
+of k entries. Where thresholds are due, all segments have to be there; otherwise each can be sent by itself, and the selection
+is the same. Nothing is changed before `commit`: a later segment may turn out not to be finite, and the step is then left out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_plugins.engines.sparse_allreduce.agreement import FINE, NOT_FINITE, agree
+from lightning_plugins.engines.sparse_allreduce.exchange import Exchange
+from lightning_plugins.engines.sparse_allreduce.global_threshold import choose
+from lightning_plugins.engines.sparse_allreduce.reduction import Routing, balance_and_allgather, split_and_reduce
+from lightning_plugins.engines.sparse_allreduce.selection import largest, sampled_threshold, select, trim
+from lightning_plugins.engines.sparse_allreduce.state import Report, SparseAllreduceState
+from lightning_plugins.engines.sparse_allreduce.wire import Wire
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of the vector with regions of its own: positions from ``start`` up to ``end``."""
+
+    start: int
+    end: int
+    routing: Routing
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """What a segment's exchange leaves to be done: positions in the vector, and values.
+
+    Attributes:
+        chosen: what this rank selected.
+        kept_back: what the wire's rounding left of each.
+        owned: this rank's reduced entries in the final set.
+        owner_kept_back: what rounding left of each.
+        places: the final set, the same on all ranks.
+        values: of the final set.
+    """
+
+    chosen: Tensor
+    kept_back: Tensor
+    owned: Tensor
+    owner_kept_back: Tensor
+    places: Tensor
+    values: Tensor
+
+
+class SparseStep:
+    """A step under way.
+
+    Args:
+        state: thresholds and counters; they move at `commit`.
+        acc: ``(n,)``, residual plus gradient.
+        k: entries that a rank sends at most, and that the result has at most.
+        exchange: the ranks.
+    """
+
+    def __init__(self, state: SparseAllreduceState, acc: Tensor, k: int, exchange: Exchange) -> None:
+        self.state = state
+        self.acc = acc
+        self.k = k
+        self.exchange = exchange
+        self.exact = state.due
+        self.report = Report(exact=self.exact)
+        self._wire = Wire(state.settings.indices, state.settings.values, acc.dtype)
+        self._alike = {"elements": len(acc), "k": k, "step": state.step, "settings": asdict(state.settings)}
+        self._sent: list[_Sent] = []
+        self._thresholds = (state.local.value, state.overall.value)
+
+    def reduce(self, segments: Sequence[Segment], finite: bool, unused: Sequence[tuple[int, int]] = ()) -> tuple[Tensor, Tensor]:
+        """Exchange neighbouring segments and return positions and sums of their final set.
+
+        Args:
+            segments: in order; all of them where thresholds are due.
+            finite: whether this rank's gradient is.
+            unused: parts of the vector, ``(start, end)`` in order, of which nothing may be selected.
+
+        Raises:
+            InputError: on all ranks, if they differ in what must be alike.
+        """
+        settings, traffic = self.state.settings, self.exchange.traffic
+        with traffic.timing("select"):
+            chosen = self._select(segments[0].start, segments[-1].end, unused) if finite else self.acc.new_empty(0).long()
+            values = self._wire.rounded(self.acc[chosen])
+        with traffic.timing("agreement"):
+            condition, most = agree(FINE if finite else NOT_FINITE, len(chosen), self._alike, self.exchange)
+        if condition == NOT_FINITE or self.report.skipped:
+            self.report.skipped = True
+            return chosen[:0], values[:0]
+        self.report.selected += len(chosen)
+        self.report.most_selected += most
+        owned, sums = [], []
+        ends = torch.tensor([segment.end for segment in segments[:-1]], dtype=torch.int64, device=chosen.device)
+        cut = torch.searchsorted(chosen, ends).tolist()
+        parts = zip(segments, chosen.tensor_split(cut), values.tensor_split(cut), strict=True)
+        for segment, places, of_segment in parts:
+            # A segment among several may hold anything up to what the busiest rank selected in all.
+            summed = split_and_reduce(
+                places - segment.start,
+                of_segment,
+                segment.end - segment.start,
+                most,
+                segment.routing,
+                settings,
+                self._wire,
+                self.exchange,
+            )
+            owned.append(summed.indices + segment.start)
+            sums.append(summed.sums)
+            self.report.most_received += summed.most_received
+        return self._finish(segments, chosen, values, torch.cat(owned), torch.cat(sums))
+
+    def commit(self) -> None:
+        """Take what was sent out of ``acc``, which is the residual then, and move the thresholds; skipped, change nothing."""
+        state, settings, report = self.state, self.state.settings, self.report
+        state.report = report
+        if report.skipped:
+            return
+        with self.exchange.traffic.timing("clear"):
+            for sent in self._sent:
+                final = torch.zeros(len(self.acc), dtype=torch.bool, device=self.acc.device)
+                final[sent.places] = True
+                hit = final[sent.chosen]
+                # Only what was sent and is in the final set has left; rounding errors stay, at the sender and at the owner.
+                self.acc[sent.chosen[hit]] = sent.kept_back[hit]
+                self.acc[sent.owned] += sent.owner_kept_back
+        state.local.value, state.overall.value = self._thresholds
+        if not self.exact and settings.threshold != "reused":
+            state.local.follow(report.candidates, self.k)
+            state.overall.follow(report.candidates_globally, self.k)
+        state.step += 1
+
+    def _select(self, start: int, end: int, unused: Sequence[tuple[int, int]]) -> Tensor:
+        """Return the positions that this rank sends of ``acc[start:end]``."""
+        part = self.acc[start:end]
+        if unused:
+            part = part.clone()
+            for first, last in unused:
+                part[max(0, first - start) : max(0, last - start)] = 0
+        local, overall = self._thresholds
+        budget = self.k - self.report.selected
+        if self.state.settings.threshold == "sampled":
+            local = sampled_threshold(self.acc, self.k, self.state.step)
+            self._thresholds = (local, overall)
+        elif self.exact:
+            chosen, local = largest(part, budget)
+            self._thresholds = (local, overall)
+            self.report.candidates += len(chosen)
+            return chosen + start
+        assert local is not None
+        chosen = select(part, local)
+        self.report.candidates += len(chosen)
+        if len(chosen) > budget:
+            chosen = trim(chosen, part[chosen], budget)[0]
+        return chosen + start
+
+    def _finish(
+        self, segments: Sequence[Segment], chosen: Tensor, values: Tensor, owned: Tensor, sums: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Choose the final set among the reduced entries, spread it, and keep what is left to be done."""
+        local, overall = self._thresholds
+        order = segments[0].routing.owners
+        with self.exchange.traffic.timing("threshold"):
+            budget = self.k - self.report.selected_globally
+            choice = choose(sums, None if self.exact else overall, budget, order, self.exchange)
+        if self.exact:
+            self._thresholds = (local, choice.threshold)
+        owned, sums = owned[choice.kept], sums[choice.kept]
+        rounded = self._wire.rounded(sums)
+        places, final = balance_and_allgather(owned, rounded, choice.counts, order, self._wire, self.exchange)
+        self.report.selected_globally += len(places)
+        self.report.candidates_globally += choice.candidates
+        self._sent.append(_Sent(chosen, self.acc[chosen] - values, owned, sums - rounded, places, final))
+        return places, final
