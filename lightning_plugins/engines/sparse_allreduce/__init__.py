@@ -4,6 +4,9 @@ Everything works over ``torch.distributed`` with any number of ranks, on gloo an
 """
 
 from lightning_plugins.engines.sparse_allreduce.allreduce import sparse_allreduce as sparse_allreduce
+from lightning_plugins.engines.sparse_allreduce.hook import OkTopkState as OkTopkState
+from lightning_plugins.engines.sparse_allreduce.hook import ok_topk_hook as ok_topk_hook
+from lightning_plugins.engines.sparse_allreduce.rank_state import merge_rank_states as merge_rank_states
 from lightning_plugins.engines.sparse_allreduce.state import SparseAllreduceState as SparseAllreduceState
 
-__all__ = ["SparseAllreduceState", "sparse_allreduce"]
+__all__ = ["OkTopkState", "SparseAllreduceState", "merge_rank_states", "ok_topk_hook", "sparse_allreduce"]

@@ -32,25 +32,28 @@ class GlobalChoice:
     candidates: int
 
 
+def reached(values: Tensor, threshold: float, exchange: Exchange) -> GlobalChoice:
+    """Return all entries of at least a magnitude; zeros are never among them."""
+    kept = (values.abs() >= threshold) & (values != 0)
+    counts = [count for (count,) in exchange.all_gather_integers([int(kept.sum())], "counts")]
+    return GlobalChoice(kept, counts, threshold, sum(counts))
+
+
 def choose(values: Tensor, threshold: float | None, budget: int, order: list[int], exchange: Exchange) -> GlobalChoice:
     """Choose entries of at least a magnitude, and no more than a budget over all ranks: then the largest.
 
     Args:
         values: ``(c,)``, this rank's entries; zeros are never chosen.
         threshold: None chooses the ``budget`` largest.
-        budget: entries of all ranks together.
+        budget: entries of all ranks together; 0 chooses none.
         order: ranks, in the order in which entries of equal magnitude are taken.
         exchange: the ranks.
     """
+    choice = None if threshold is None else reached(values, threshold, exchange)
+    if choice is not None and choice.candidates <= budget:
+        return choice
     magnitudes = values.abs()
-    if threshold is not None:
-        kept = (magnitudes >= threshold) & (values != 0)
-        counts = [count for (count,) in exchange.all_gather_integers([int(kept.sum())], "counts")]
-        if sum(counts) <= budget:
-            return GlobalChoice(kept, counts, threshold, sum(counts))
-        candidates = sum(counts)
-    magnitudes = torch.where(values != 0, magnitudes, 0)
-    exact = kth_largest(magnitudes, budget, exchange)
+    exact = kth_largest(magnitudes, budget, exchange) if budget > 0 else float("inf")
     above, ties = magnitudes > exact, (magnitudes == exact) & (magnitudes > 0)
     rows = exchange.all_gather_integers([int(above.sum()), int(ties.sum())], "counts")
     left = max(0, budget - sum(greater for greater, _ in rows))
@@ -62,7 +65,7 @@ def choose(values: Tensor, threshold: float | None, budget: int, order: list[int
         counts[rank] = greater + taken
     kept = above
     kept[ties.nonzero().flatten()[: counts[exchange.rank] - rows[exchange.rank][0]]] = True
-    return GlobalChoice(kept, counts, exact, sum(counts) if threshold is None else candidates)
+    return GlobalChoice(kept, counts, exact, sum(counts) if choice is None else choice.candidates)
 
 
 def kth_largest(magnitudes: Tensor, k: int, exchange: Exchange) -> float:

@@ -1,8 +1,8 @@
 """One step of a sparse allreduce: over the whole vector at once, or segment by segment as they become known.
 
-What a segment sends is decided by thresholds that are known beforehand, for the whole vector, and by what is left of the budget
-of k entries. Where thresholds are due, all segments have to be there; otherwise each can be sent by itself, and the selection
-is the same. Nothing is changed before `commit`: a later segment may turn out not to be finite, and the step is then left out.
+What a part of the vector sends is decided by thresholds that are known beforehand, for the whole vector, and by what earlier
+parts have left of the budget of k entries. Where thresholds are due, all of it has to be there; otherwise each part can be
+sent by itself, and the selection is the same. Nothing is changed before `commit`: a later segment may turn out not to be finite, and the step is then left out.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_plugins.engines.sparse_allreduce.agreement import FINE, NOT_FINITE, agree
 from lightning_plugins.engines.sparse_allreduce.exchange import Exchange
-from lightning_plugins.engines.sparse_allreduce.global_threshold import choose
+from lightning_plugins.engines.sparse_allreduce.global_threshold import GlobalChoice, choose, reached
 from lightning_plugins.engines.sparse_allreduce.reduction import Routing, balance_and_allgather, split_and_reduce
 from lightning_plugins.engines.sparse_allreduce.selection import largest, sampled_threshold, select, trim
 from lightning_plugins.engines.sparse_allreduce.state import Report, SparseAllreduceState
@@ -72,33 +72,41 @@ class SparseStep:
         self._sent: list[_Sent] = []
         self._thresholds = (state.local.value, state.overall.value)
 
-    def reduce(self, segments: Sequence[Segment], finite: bool, unused: Sequence[tuple[int, int]] = ()) -> tuple[Tensor, Tensor]:
+    def reduce(
+        self,
+        segments: Sequence[Segment],
+        finite: bool,
+        unused: Sequence[tuple[int, int]] = (),
+        parts: Sequence[tuple[int, int]] = (),
+    ) -> tuple[Tensor, Tensor]:
         """Exchange neighbouring segments and return positions and sums of their final set.
 
         Args:
             segments: in order; all of them where thresholds are due.
             finite: whether this rank's gradient is.
-            unused: parts of the vector, ``(start, end)`` in order, of which nothing may be selected.
+            unused: parts of the vector, ``(start, end)``, of which nothing may be selected.
+            parts: of these segments, ``(start, end)`` in the order in which they use the budget up; the segments themselves if
+                left out.
 
         Raises:
             InputError: on all ranks, if they differ in what must be alike.
         """
         settings, traffic = self.state.settings, self.exchange.traffic
         with traffic.timing("select"):
-            chosen = self._select(segments[0].start, segments[-1].end, unused) if finite else self.acc.new_empty(0).long()
+            parts = parts or [(segment.start, segment.end) for segment in segments]
+            chosen = self._select(parts, unused) if finite else torch.empty(0, dtype=torch.int64, device=self.acc.device)
             values = self._wire.rounded(self.acc[chosen])
         with traffic.timing("agreement"):
             condition, most = agree(FINE if finite else NOT_FINITE, len(chosen), self._alike, self.exchange)
         if condition == NOT_FINITE or self.report.skipped:
             self.report.skipped = True
             return chosen[:0], values[:0]
-        self.report.selected += len(chosen)
         self.report.most_selected += most
         owned, sums = [], []
         ends = torch.tensor([segment.end for segment in segments[:-1]], dtype=torch.int64, device=chosen.device)
         cut = torch.searchsorted(chosen, ends).tolist()
-        parts = zip(segments, chosen.tensor_split(cut), values.tensor_split(cut), strict=True)
-        for segment, places, of_segment in parts:
+        split = zip(segments, chosen.tensor_split(cut), values.tensor_split(cut), strict=True)
+        for segment, places, of_segment in split:
             # A segment among several may hold anything up to what the busiest rank selected in all.
             summed = split_and_reduce(
                 places - segment.start,
@@ -113,7 +121,7 @@ class SparseStep:
             owned.append(summed.indices + segment.start)
             sums.append(summed.sums)
             self.report.most_received += summed.most_received
-        return self._finish(segments, chosen, values, torch.cat(owned), torch.cat(sums))
+        return self._finish(segments[0].routing.owners, parts, chosen, values, torch.cat(owned), torch.cat(sums))
 
     def commit(self) -> None:
         """Take what was sent out of ``acc``, which is the residual then, and move the thresholds; skipped, change nothing."""
@@ -135,45 +143,72 @@ class SparseStep:
             state.overall.follow(report.candidates_globally, self.k)
         state.step += 1
 
-    def _select(self, start: int, end: int, unused: Sequence[tuple[int, int]]) -> Tensor:
-        """Return the positions that this rank sends of ``acc[start:end]``."""
-        part = self.acc[start:end]
+    def _select(self, parts: Sequence[tuple[int, int]], unused: Sequence[tuple[int, int]]) -> Tensor:
+        """Return the positions that this rank sends of these parts."""
+        acc = self.acc
         if unused:
-            part = part.clone()
-            for first, last in unused:
-                part[max(0, first - start) : max(0, last - start)] = 0
+            acc = acc.clone()
+            for start, end in unused:
+                acc[start:end] = 0
         local, overall = self._thresholds
-        budget = self.k - self.report.selected
         if self.state.settings.threshold == "sampled":
-            local = sampled_threshold(self.acc, self.k, self.state.step)
-            self._thresholds = (local, overall)
+            local = sampled_threshold(acc, self.k, self.state.step)
         elif self.exact:
-            chosen, local = largest(part, budget)
+            first = parts[0][0]
+            chosen, local = largest(acc[first : parts[-1][1]], self.k)
             self._thresholds = (local, overall)
-            self.report.candidates += len(chosen)
-            return chosen + start
+            self.report.candidates = self.report.selected = len(chosen)
+            return chosen + first
         assert local is not None
-        chosen = select(part, local)
-        self.report.candidates += len(chosen)
-        if len(chosen) > budget:
-            chosen = trim(chosen, part[chosen], budget)[0]
-        return chosen + start
+        self._thresholds = (local, overall)
+        found = []
+        for start, end in parts:
+            chosen = select(acc[start:end], local)
+            self.report.candidates += len(chosen)
+            if len(chosen) > (left := self.k - self.report.selected):
+                chosen = trim(chosen, acc[start:end][chosen], left)[0]
+            self.report.selected += len(chosen)
+            found.append(chosen + start)
+        return torch.cat(found)
 
     def _finish(
-        self, segments: Sequence[Segment], chosen: Tensor, values: Tensor, owned: Tensor, sums: Tensor
+        self,
+        order: list[int],
+        parts: Sequence[tuple[int, int]],
+        chosen: Tensor,
+        values: Tensor,
+        owned: Tensor,
+        sums: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Choose the final set among the reduced entries, spread it, and keep what is left to be done."""
-        local, overall = self._thresholds
-        order = segments[0].routing.owners
+        local, _ = self._thresholds
         with self.exchange.traffic.timing("threshold"):
-            budget = self.k - self.report.selected_globally
-            choice = choose(sums, None if self.exact else overall, budget, order, self.exchange)
+            choice = self._choose(order, parts, owned, sums)
         if self.exact:
             self._thresholds = (local, choice.threshold)
         owned, sums = owned[choice.kept], sums[choice.kept]
         rounded = self._wire.rounded(sums)
         places, final = balance_and_allgather(owned, rounded, choice.counts, order, self._wire, self.exchange)
-        self.report.selected_globally += len(places)
+        self.report.selected_globally += sum(choice.counts)
         self.report.candidates_globally += choice.candidates
         self._sent.append(_Sent(chosen, self.acc[chosen] - values, owned, sums - rounded, places, final))
         return places, final
+
+    def _choose(self, order: list[int], parts: Sequence[tuple[int, int]], owned: Tensor, sums: Tensor) -> GlobalChoice:
+        """Return this rank's entries in the final set; what is left of the budget goes to the parts in their order."""
+        left = self.k - self.report.selected_globally
+        if self.exact:
+            return choose(sums, None, left, order, self.exchange)
+        threshold = self._thresholds[1]
+        assert threshold is not None
+        choice = reached(sums, threshold, self.exchange)
+        if choice.candidates <= left:
+            return choice
+        ends = torch.tensor([end for _, end in parts[:-1]], dtype=torch.int64, device=owned.device)
+        kept, counts = [], [0] * self.exchange.ranks
+        for of_part in sums.tensor_split(torch.searchsorted(owned, ends).tolist()):
+            chosen = choose(of_part, threshold, left, order, self.exchange)
+            kept.append(chosen.kept)
+            counts = [before + more for before, more in zip(counts, chosen.counts, strict=True)]
+            left -= sum(chosen.counts)
+        return GlobalChoice(torch.cat(kept), counts, threshold, choice.candidates)

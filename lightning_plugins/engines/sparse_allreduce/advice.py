@@ -1,0 +1,74 @@
+"""Whether sparse steps would be faster here: measured in the first, dense ones.
+
+    dense  = measured
+    sparse = adding, selecting, packing (measured) + 3 k entries over the measured bandwidth + rounds * measured latency
+
+The bandwidth is what the dense reduction reached, 2 n (P - 1) / P words in its time; three entries of each k is what the two
+phases need at most. All ranks compare the slowest rank's times, so that they agree.
+"""
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from lightning_plugins.engines.sparse_allreduce.selection import sampled_threshold, select
+from lightning_plugins.engines.sparse_allreduce.wire import Wire
+
+if TYPE_CHECKING:
+    from lightning_plugins.engines.sparse_allreduce.hook import OkTopkState
+
+WORTHWHILE = 1.1
+DENSE_STEPS = 4  # the first one makes connections and does not count
+ROUNDS = 9  # collectives of a sparse step
+
+log = logging.getLogger(__name__)
+
+
+class Advice:
+    """The measurements, and what follows of them.
+
+    Attributes:
+        sparse: whether to send sparsely; None before that is known.
+        gain: predicted time of a dense reduction over that of a sparse one.
+    """
+
+    def __init__(self) -> None:
+        self.sparse: bool | None = None
+        self.gain = 0.0
+        self._dense_s: list[float] = []
+
+    def note_dense(self, seconds: float, state: "OkTopkState") -> None:
+        """Take the time of a dense step, whose gradient is in ``state.acc``; decide after the last one."""
+        self._dense_s.append(seconds)
+        if len(self._dense_s) < DENSE_STEPS:
+            return
+        exchange, k = state.exchange, state.k
+        start_s = time.perf_counter()
+        for _ in range(5):
+            exchange.largest_integers([0], "agreement")
+        latency_s = (time.perf_counter() - start_s) / 5
+        start_s = time.perf_counter()
+        chosen = select(state.acc, sampled_threshold(state.acc, k))[:k]
+        settings = state.cores[0].settings
+        wire = Wire(settings.indices, settings.values, state.acc.dtype)
+        message = wire.encode(chosen, wire.rounded(state.acc[chosen]), 0, len(state.acc))[1]
+        compute_s = time.perf_counter() - start_s
+        entry_bytes = len(message) / max(1, len(chosen))
+        dense_s = min(self._dense_s[1:])
+        # In microseconds, since what is compared over the ranks are whole numbers.
+        times = exchange.largest_integers([round(1e6 * t) for t in (dense_s, latency_s, compute_s)], "agreement")
+        dense_s, latency_s, compute_s = (1e-6 * max(t, 1) for t in times)
+        share = (exchange.ranks - 1) / exchange.ranks
+        bandwidth = 2 * state.acc.nbytes * share / dense_s
+        sparse_s = compute_s + 3 * k * entry_bytes * share / max(bandwidth, 1.0) + ROUNDS * latency_s
+        self.gain = dense_s / sparse_s
+        self.sparse = exchange.largest_integers([int(self.gain >= WORTHWHILE)], "agreement")[0] == 1
+        if exchange.rank == 0:
+            log.info(
+                "Ok-Topk: a dense reduction takes %.1f ms here, at %.0f MB/s; a sparse one would take %.1f ms, a gain of %.2f: %s",
+                1e3 * dense_s,
+                1e-6 * bandwidth,
+                1e3 * sparse_s,
+                self.gain,
+                "going sparse" if self.sparse else f"staying dense, since that is below {WORTHWHILE}",
+            )

@@ -1,0 +1,226 @@
+"""One backward pass of DDP: buckets arrive, segments go out as soon as they may, and at the end everybody gets the mean."""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_plugins.engines.sparse_allreduce.measuring import measure
+from lightning_plugins.engines.sparse_allreduce.selection import accumulate
+from lightning_plugins.engines.sparse_allreduce.state import Report
+from lightning_plugins.engines.sparse_allreduce.step import Segment, SparseStep
+
+if TYPE_CHECKING:
+    from lightning_plugins.engines.sparse_allreduce.hook import OkTopkState
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A bucket: its gradients, and whom to tell when they are reduced.
+
+    Attributes:
+        index: among the buckets of the pass, from 0.
+        names: of the parameters, in the buffer's order.
+        buffer: their gradients end to end; the mean is written here.
+        last: whether no other follows.
+        future: gets the buffer.
+    """
+
+    index: int
+    names: list[str]
+    buffer: Tensor
+    last: bool
+    future: torch.futures.Future[Tensor]
+
+
+class BackwardPass:
+    """The buckets of one pass, in a worker's thread.
+
+    Args:
+        state: of the hook; residual, thresholds and counters change when the last bucket is through.
+    """
+
+    def __init__(self, state: "OkTopkState") -> None:
+        self.state = state
+        self.arrived: list[Arrived] = []
+        self.dense = state.dense
+        self._scale = state.loss_scale()
+        self._finite = True
+        self._unused: list[tuple[int, int]] = []
+        self._complete: set[str] = set()  # parameters whose gradients are in `acc`
+        self._sent = 0  # segments that are through
+        self._final: list[tuple[Tensor, Tensor]] = []  # positions in the vector and sums
+        self._dense_s = 0.0
+        self._steps: list[SparseStep] = []
+        if not self.dense and state.options.mode != "per_bucket":
+            self._steps = [SparseStep(state.cores[0], state.acc, state.k, state.exchange)]
+
+    def arrive(self, bucket: Arrived) -> None:
+        """Take a bucket, and do all that can be done by now."""
+        self.arrived.append(bucket)
+        if self.dense:
+            self._reduce_densely(bucket)
+        elif self.state.options.clip_norm is None:
+            self._accumulate(bucket, 1.0)
+        elif bucket.last:
+            factor = self._clip_factor(self.state.options.clip_norm)
+            for waiting in self.arrived:
+                self._accumulate(waiting, factor)
+        if not self.dense and (self.state.options.mode != "global" or bucket.last):
+            self._send_ready()
+        if bucket.last:
+            self._finish()
+
+    def _accumulate(self, bucket: Arrived, factor: float) -> None:
+        """Add a bucket to its residuals."""
+        state = self.state
+        with state.traffic.timing("inside_node"):
+            gradient = state.nodes.scatter(bucket.buffer, self._whole_sizes(bucket))
+        with state.traffic.timing("accumulate"):
+            for start, place, length in state.layout.runs(bucket.names):
+                part = slice(place, place + length)
+                finite = accumulate(state.residual[part], gradient[start : start + length], state.acc[part], factor / self._scale)
+                self._finite = self._finite and finite
+        if state.options.unused_parameters:
+            self._note_unused(bucket.names, gradient)
+        self._complete.update(bucket.names)
+
+    def _note_unused(self, names: list[str], gradient: Tensor) -> None:
+        """Find parameters without a gradient on any rank: DDP will throw away what the hook says of them."""
+        layout, exchange = self.state.layout, self.state.exchange
+        parts = gradient.split([layout.sizes[name] for name in names])
+        used = exchange.largest_integers([int(bool(part.any())) for part in parts], "agreement")
+        starts = [layout.starts[name] for name, of_any in zip(names, used, strict=True) if not of_any]
+        sizes = [layout.sizes[name] for name, of_any in zip(names, used, strict=True) if not of_any]
+        self._unused += [(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+    def _send_ready(self) -> None:
+        """Exchange the segments that are complete, in order; where thresholds are due only all together."""
+        segments = self.state.layout.segments
+        if self.state.options.mode == "global":
+            whole = Segment(0, self.state.layout.elements, self.state.cores[0].routings[0])
+            parts = [self.state.layout.bounds(number) for number in range(len(segments))]
+            self._final.append(self._steps[0].reduce([whole], self._finite, self._unused, parts))
+            return
+        ready = self._sent
+        while ready < len(segments) and self._complete.issuperset(segments[ready]):
+            ready += 1
+        if self.state.options.mode == "per_bucket":
+            for number in range(self._sent, ready):
+                self._send_by_itself(number)
+        elif self._steps[0].exact:
+            if ready < len(segments):
+                return
+            self._reduce(self._steps[0], list(range(ready)))
+        else:
+            for number in range(self._sent, ready):
+                self._reduce(self._steps[0], [number])
+        self._sent = ready
+
+    def _reduce(self, step: SparseStep, numbers: list[int]) -> None:
+        routings = self.state.cores[0].routings
+        segments = [Segment(*self.state.layout.bounds(number), routings[number]) for number in numbers]
+        self._final.append(step.reduce(segments, self._finite, self._unused))
+
+    def _send_by_itself(self, number: int) -> None:
+        state, core = self.state, self.state.cores[number]
+        start, end = state.layout.bounds(number)
+        k = state.options.elements_sent_of(end - start, state.exchange.ranks)
+        step = SparseStep(core, state.acc[start:end], k, state.exchange)
+        self._steps.append(step)
+        unused = [(first - start, last - start) for first, last in self._unused if start <= first < end]
+        places, values = step.reduce([Segment(0, end - start, core.routings[0])], self._finite, unused)
+        self._final.append((places + start, values))
+
+    def _finish(self) -> None:
+        """Clear what was sent, or nothing if the step is left out; hand the mean to whoever waits."""
+        state = self.state
+        state.passes += 1
+        if self.dense:
+            state.steps += 1
+            state.skipped = False
+            state.metrics = {}
+            if state.advice is not None and state.advice.sparse is None:
+                state.advice.note_dense(self._dense_s, state)
+            return
+        state.skipped = any(step.report.skipped for step in self._steps)
+        for step in self._steps:
+            step.report.skipped = state.skipped
+        if state.skipped:
+            state.skipped_count += 1
+        measured = {} if state.skipped else measure(state, self._final)
+        for step in self._steps:
+            step.commit()
+        if not state.skipped:
+            state.residual, state.acc = state.acc, state.residual
+            state.steps += 1
+        state.metrics = {**_counted([step.report for step in self._steps], state), **measured}
+        with state.traffic.timing("unpack"):
+            self._hand_out()
+        composition = [bucket.names for bucket in self.arrived]
+        # The first pass of a process has other buckets than all that follow.
+        if state.passes > 1 and composition != state.layout.segments:
+            state.rearrange(composition)
+
+    def _hand_out(self) -> None:
+        state = self.state
+        if state.skipped:
+            for bucket in self.arrived:
+                bucket.future.set_result(bucket.buffer.fill_(math.nan))
+            return
+        places = torch.cat([of_segment for of_segment, _ in self._final])
+        values = torch.cat([of_segment for _, of_segment in self._final])
+        sequence = places.argsort()
+        places, values = places[sequence], values[sequence] / state.nodes.ranks * self._scale
+        for bucket in self.arrived:
+            inside = state.nodes.inside > 1
+            sizes = [state.layout.sizes[name] for name in bucket.names]
+            mean = torch.zeros(sum(sizes), dtype=bucket.buffer.dtype, device=places.device) if inside else bucket.buffer.zero_()
+            for start, place, length in state.layout.runs(bucket.names):
+                ends = torch.tensor([place, place + length], device=places.device)
+                first, last = torch.searchsorted(places, ends).tolist()
+                mean[places[first:last] - (place - start)] = values[first:last].to(mean.dtype)
+            if inside:
+                state.nodes.gather(mean, self._whole_sizes(bucket), bucket.buffer)
+            bucket.future.set_result(bucket.buffer)
+
+    def _reduce_densely(self, bucket: Arrived) -> None:
+        """Reduce a bucket as DDP does, and with it what waits in its residuals."""
+        state = self.state
+        started_s = time.perf_counter()
+        gradient = state.nodes.scatter(bucket.buffer, self._whole_sizes(bucket))
+        for start, place, length in state.layout.runs(bucket.names):
+            waiting = state.residual[place : place + length]
+            if bool(waiting.any()):
+                gradient[start : start + length].add_(waiting.to(gradient.dtype), alpha=self._scale)
+                waiting.zero_()
+            state.acc[place : place + length] = gradient[start : start + length]
+        mean = state.exchange.add(gradient.div_(state.nodes.ranks), "dense")
+        state.nodes.gather(mean, self._whole_sizes(bucket), bucket.buffer)
+        self._dense_s += time.perf_counter() - started_s
+        bucket.future.set_result(bucket.buffer)
+
+    def _clip_factor(self, clip_norm: float) -> float:
+        """Return what brings this rank's gradient to its share of the norm; 1 for one that is not finite, which is seen later."""
+        norm = math.sqrt(sum(float(bucket.buffer.double().square().sum()) for bucket in self.arrived)) / self._scale
+        limit = clip_norm / math.sqrt(self.state.nodes.ranks)
+        return limit / norm if math.isfinite(norm) and norm > limit else 1.0
+
+    def _whole_sizes(self, bucket: Arrived) -> list[int]:
+        return [math.prod(self.state.shapes[name]) for name in bucket.names]
+
+
+def _counted(reports: list[Report], state: "OkTopkState") -> dict[str, float]:
+    """Return what a step selected, over all its segments."""
+    ranks = state.exchange.ranks
+    even = sum(report.most_selected for report in reports) * (ranks - 1) / ranks
+    return {
+        "selected_over_k": sum(report.selected for report in reports) / state.k,
+        "reached_over_k": sum(report.candidates for report in reports) / state.k,
+        "selected_globally_over_k": sum(report.selected_globally for report in reports) / state.k,
+        "load_imbalance": sum(report.most_received for report in reports) / even if even else 1.0,
+        "skipped_count": float(state.skipped_count),
+    }
