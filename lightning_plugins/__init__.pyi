@@ -4,5 +4,7 @@ from lightning_plugins.datamodules.panorama_folder import PanoramaFolder as Pano
 from lightning_plugins.datamodules.rendered_rooms import RenderedRooms as RenderedRooms
 from lightning_plugins.models.panoramic_depth.module import DepthTeacher as DepthTeacher
 from lightning_plugins.models.panoramic_depth.module import PanoramicDepth as PanoramicDepth
+from lightning_plugins.strategies.ok_topk import OkTopkStrategy as OkTopkStrategy
+from lightning_plugins.strategies.ok_topk_fabric import OkTopkFabricStrategy as OkTopkFabricStrategy
 
 __version__: str

@@ -28,6 +28,7 @@ def built_for() -> str:
 
 
 if TYPE_CHECKING:
+    from lightning_fabric.strategies.ddp import DDPStrategy as _FabricDDPStrategy
     from pytorch_lightning import Callback as Callback
     from pytorch_lightning import LightningDataModule as LightningDataModule
     from pytorch_lightning import LightningModule as LightningModule
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
     from pytorch_lightning.loggers import Logger as Logger
     from pytorch_lightning.loggers import WandbLogger as WandbLogger
     from pytorch_lightning.plugins.io import TorchCheckpointIO as TorchCheckpointIO
+    from pytorch_lightning.strategies import DDPStrategy as DDPStrategy
 
+    FabricDDPStrategy = _FabricDDPStrategy
     LIGHTNING_VERSION: str
 else:
     _root = import_module(NAMESPACE)
@@ -55,9 +58,13 @@ else:
     Logger = submodule("loggers").Logger
     WandbLogger = submodule("loggers").WandbLogger
     TorchCheckpointIO = submodule("plugins.io").TorchCheckpointIO
+    DDPStrategy = submodule("strategies").DDPStrategy
 
     def __getattr__(name: str) -> object:
-        # jsonargparse is an extra, and slow to import for those who only want an adapter.
+        # jsonargparse is an extra, and slow to import for those who only want an adapter; few want Fabric.
         if name in ("LightningCLI", "SaveConfigCallback"):
             return getattr(submodule("cli"), name)
+        if name == "FabricDDPStrategy":
+            fabric = "lightning_fabric" if NAMESPACE == "pytorch_lightning" else "lightning.fabric"
+            return import_module(f"{fabric}.strategies").DDPStrategy
         raise AttributeError(f"lightning_plugins._lightning has no {name!r}")

@@ -26,7 +26,7 @@ def site(tmp_path):
         folder = tmp_path / package
         (folder / "plugins").mkdir(parents=True)
         (folder / "__init__.py").write_text(ROOT)
-        for module in ("callbacks", "loggers", "plugins/io"):
+        for module in ("callbacks", "loggers", "plugins/io", "strategies"):
             (folder / f"{module}.py").write_text(STAND_IN)
     (tmp_path / "lightning" / "__init__.py").write_text("")
     return tmp_path

@@ -59,6 +59,20 @@ METHODS: dict[str, Method] = {
         "second-order directions (K-FAC, SOAP, Shampoo and relatives) for any module and optimizer",
         "preconditioner",
     ),
+    "OkTopkStrategy": Method(
+        "strategies",
+        "lightning_plugins.strategies.ok_topk",
+        "beta",
+        "DDP whose gradients travel as their largest 1 %, the rest kept as residual",
+        "ok_topk",
+    ),
+    "OkTopkFabricStrategy": Method(
+        "strategies",
+        "lightning_plugins.strategies.ok_topk_fabric",
+        "beta",
+        "the same for a loop of your own in Fabric",
+        "ok_topk",
+    ),
 }
 
 RECIPES: dict[str, Recipe] = {

@@ -7,6 +7,7 @@ from lightning_plugins.engines.sparse_allreduce.allreduce import sparse_allreduc
 from lightning_plugins.engines.sparse_allreduce.hook import OkTopkState as OkTopkState
 from lightning_plugins.engines.sparse_allreduce.hook import ok_topk_hook as ok_topk_hook
 from lightning_plugins.engines.sparse_allreduce.rank_state import merge_rank_states as merge_rank_states
+from lightning_plugins.engines.sparse_allreduce.sharded import ShardedOkTopk as ShardedOkTopk
 from lightning_plugins.engines.sparse_allreduce.state import SparseAllreduceState as SparseAllreduceState
 
-__all__ = ["OkTopkState", "SparseAllreduceState", "merge_rank_states", "ok_topk_hook", "sparse_allreduce"]
+__all__ = ["OkTopkState", "ShardedOkTopk", "SparseAllreduceState", "merge_rank_states", "ok_topk_hook", "sparse_allreduce"]

@@ -65,7 +65,7 @@ class Advice:
         self.sparse = exchange.largest_integers([int(self.gain >= WORTHWHILE)], "agreement")[0] == 1
         if exchange.rank == 0:
             log.info(
-                "Ok-Topk: a dense reduction takes %.1f ms here, at %.0f MB/s; a sparse one would take %.1f ms, a gain of %.2f: %s",
+                "Ok-Topk: a dense reduction takes %.1f ms, at %.0f MB/s; a sparse one would take %.1f ms, a gain of %.2fx: %s",
                 1e3 * dense_s,
                 1e-6 * bandwidth,
                 1e3 * sparse_s,

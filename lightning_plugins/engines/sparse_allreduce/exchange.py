@@ -59,6 +59,9 @@ class Exchange:
         group: None stands for the default group, or for a single rank where none was made.
         device: of the tensors that are exchanged; a gloo group gets copies of them in host memory.
         traffic: counts what is sent; a new one if it is left out.
+
+    Attributes:
+        wire_device: where tensors have to be for the group to send them.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device, traffic: Traffic | None = None) -> None:
@@ -68,14 +71,14 @@ class Exchange:
         self.rank = 0 if alone else dist.get_rank(group)
         self.device = device
         # gloo has no all-to-all of CUDA tensors.
-        self._wire_device = torch.device("cpu") if alone or dist.get_backend(group) != "nccl" else device
+        self.wire_device = torch.device("cpu") if alone or dist.get_backend(group) != "nccl" else device
         self.traffic = Traffic() if traffic is None else traffic
 
     def all_to_all_integers(self, rows: Sequence[Sequence[int]], phase: str) -> list[list[int]]:
         """Send row r, of as many integers for each, to rank r; return the rows received, by source."""
         if self.ranks == 1:
             return [list(row) for row in rows]
-        sent = torch.tensor(rows, dtype=torch.int64, device=self._wire_device)
+        sent = torch.tensor(rows, dtype=torch.int64, device=self.wire_device)
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self.group)
         others = (self.ranks - 1) * len(rows[0]) * 8
@@ -86,8 +89,8 @@ class Exchange:
         """Return the row of every rank, by rank."""
         if self.ranks == 1:
             return [list(row)]
-        sent = torch.tensor(row, dtype=torch.int64, device=self._wire_device)
-        received = torch.empty(self.ranks * len(row), dtype=torch.int64, device=self._wire_device)
+        sent = torch.tensor(row, dtype=torch.int64, device=self.wire_device)
+        received = torch.empty(self.ranks * len(row), dtype=torch.int64, device=self.wire_device)
         dist.all_gather_into_tensor(received, sent, group=self.group)
         others = (self.ranks - 1) * len(row) * 8
         self.traffic.count(phase, others, others)
@@ -104,8 +107,8 @@ class Exchange:
         if self.ranks == 1:
             return list(messages)
         sizes = [len(message) for message in messages]
-        sent = torch.cat(list(messages)).to(self._wire_device)
-        received = torch.empty(sum(lengths), dtype=torch.uint8, device=self._wire_device)
+        sent = torch.cat(list(messages)).to(self.wire_device)
+        received = torch.empty(sum(lengths), dtype=torch.uint8, device=self.wire_device)
         dist.all_to_all_single(received, sent, list(lengths), sizes, group=self.group)
         self.traffic.count(phase, sum(sizes) - sizes[self.rank], sum(lengths) - lengths[self.rank])
         return list(received.to(self.device).split(list(lengths)))
@@ -117,9 +120,9 @@ class Exchange:
         longest = max(lengths)
         if longest == 0:
             return [message] * self.ranks
-        sent = torch.zeros(longest, dtype=torch.uint8, device=self._wire_device)
+        sent = torch.zeros(longest, dtype=torch.uint8, device=self.wire_device)
         sent[: len(message)] = message
-        received = torch.empty(self.ranks * longest, dtype=torch.uint8, device=self._wire_device)
+        received = torch.empty(self.ranks * longest, dtype=torch.uint8, device=self.wire_device)
         dist.all_gather_into_tensor(received, sent, group=self.group)
         others = (self.ranks - 1) * longest
         self.traffic.count(phase, others, others)
@@ -145,7 +148,7 @@ class Exchange:
         if self.ranks == 1:
             return tensor
         device = tensor.device
-        moved = tensor.to(self._wire_device)
+        moved = tensor.to(self.wire_device)
         dist.all_reduce(moved, operation, group=self.group)
         others = 2 * moved.nbytes * (self.ranks - 1) // self.ranks
         self.traffic.count(phase, others, others)

@@ -105,7 +105,7 @@ def split_and_reduce(
         if fresh:
             routing.renew(indices, size, most, settings, exchange)
     messages, incoming, most_received = _prepare(indices, values, routing, wire, exchange)
-    if most_received > most and not fresh and settings.cuts == "histogram":
+    if most_received > most + routing.granularity and not fresh and settings.cuts == "histogram":
         with traffic.timing("cuts"):
             routing.renew(indices, size, most, settings, exchange)
         messages, incoming, most_received = _prepare(indices, values, routing, wire, exchange)

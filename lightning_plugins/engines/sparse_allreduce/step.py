@@ -2,7 +2,8 @@
 
 What a part of the vector sends is decided by thresholds that are known beforehand, for the whole vector, and by what earlier
 parts have left of the budget of k entries. Where thresholds are due, all of it has to be there; otherwise each part can be
-sent by itself, and the selection is the same. Nothing is changed before `commit`: a later segment may turn out not to be finite, and the step is then left out.
+sent by itself, and the selection is the same. Nothing is changed before `commit`: a later segment may turn out not to be finite,
+and the step is then left out.
 """
 
 from collections.abc import Sequence

@@ -81,6 +81,8 @@ class Wire:
         split = count * self._value_bytes
         values = message[:split].view(torch.bfloat16 if self.values == "bfloat16" else self.dtype).to(self.dtype)
         coded = message[split : split + self._position_bytes(CODES[code], count, span)]
+        if CODES[code] == "int32" and split % 4:
+            coded = coded.clone()  # after an odd number of bfloat16 the positions do not lie where numbers of 4 bytes can be read
         if CODES[code] == "delta16":
             positions = (coded.view(torch.int16).to(torch.int64) & FARTHEST).cumsum(0)
         elif CODES[code] == "bitmap":

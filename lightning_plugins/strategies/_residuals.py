@@ -1,0 +1,79 @@
+"""What the strategies of Trainer and Fabric share around the state of Ok-Topk."""
+
+import pickle
+import warnings
+from typing import Any
+
+import fsspec
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from lightning_plugins._support.errors import InputError
+from lightning_plugins.engines.sparse_allreduce import OkTopkState, merge_rank_states
+from lightning_plugins.strategies import _rank_files as files
+
+
+def check_ddp_options(ddp: dict[str, Any]) -> None:
+    """Refuse a second communication hook."""
+    for name in ("ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period"):
+        if ddp.get(name) is not None:
+            raise InputError(f"{name} cannot act beside Ok-Topk, which is the communication hook itself; leave it out")
+
+
+def restore(state: OkTopkState, checkpoint: str, described: dict[str, Any]) -> None:
+    """Read what a rank needs of a checkpoint's files.
+
+    Args:
+        state: that takes it.
+        checkpoint: path.
+        described: what the checkpoint says of its files.
+
+    Raises:
+        InputError: for a file that cannot be read, or of another model.
+    """
+    saved_ranks, ranks = described["ranks"], state.nodes.ranks
+    found = files.find(checkpoint, described["token"], saved_ranks)
+    if found is None:
+        warnings.warn(
+            f"{checkpoint} was saved with residuals in {files.folder_of(checkpoint)}, and they are not there: what had not been "
+            "sent yet is lost; copy that folder beside the checkpoint to go on exactly",
+            stacklevel=2,
+        )
+        return
+    if saved_ranks == ranks:
+        state.load_rank_state_dict(_load(found[state.nodes.rank]))
+        return
+    inside = state.nodes.inside
+    if saved_ranks % inside:
+        raise InputError(
+            f"the residuals of {checkpoint} are of {saved_ranks} ranks, which are no whole nodes of {inside}; resume with the "
+            "ranks_per_node that it was saved with"
+        )
+    states = [_load(file) for file in found[state.nodes.place :: inside]]
+    state.load_rank_state_dict(merge_rank_states(states, state.exchange.rank, state.exchange.ranks))
+    rank_zero_info(f"residuals of {saved_ranks} ranks were merged for {ranks}; thresholds and cuts are found anew")
+
+
+def _load(file: str) -> dict[str, Any]:
+    """Read a rank's file: tensors and plain values, nothing that runs."""
+    try:
+        with fsspec.open(file, "rb") as opened:
+            state: dict[str, Any] = torch.load(opened, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{file} cannot be read as residuals; resume from another checkpoint") from error
+    return state
+
+
+def logged(state: OkTopkState, every: int) -> dict[str, float]:
+    """Return what is to be logged after this step, by key; most steps nothing."""
+    if not every or state.steps % every != 0 or not state.metrics:
+        return {}
+    sent_bytes, received_bytes = state.traffic.total_bytes()
+    values = {
+        **state.metrics,
+        "sent_mb": 1e-6 * sent_bytes / every,
+        "received_mb": 1e-6 * received_bytes / every,
+        **{f"{phase}_ms": 1e3 * seconds / every for phase, seconds in state.traffic.seconds.items()},
+    }
+    state.traffic.clear()
+    return {f"{files.KEY}/{name}": value for name, value in values.items()}
