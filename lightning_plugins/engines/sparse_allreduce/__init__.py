@@ -7,7 +7,26 @@ from lightning_plugins.engines.sparse_allreduce.allreduce import sparse_allreduc
 from lightning_plugins.engines.sparse_allreduce.hook import OkTopkState as OkTopkState
 from lightning_plugins.engines.sparse_allreduce.hook import ok_topk_hook as ok_topk_hook
 from lightning_plugins.engines.sparse_allreduce.rank_state import merge_rank_states as merge_rank_states
+from lightning_plugins.engines.sparse_allreduce.rivals import ALGORITHMS as ALGORITHMS
+from lightning_plugins.engines.sparse_allreduce.rivals import dense_allreduce as dense_allreduce
+from lightning_plugins.engines.sparse_allreduce.rivals import gaussian_k_allgather as gaussian_k_allgather
+from lightning_plugins.engines.sparse_allreduce.rivals import gtopk_allreduce as gtopk_allreduce
+from lightning_plugins.engines.sparse_allreduce.rivals import topk_allgather as topk_allgather
+from lightning_plugins.engines.sparse_allreduce.rivals import topk_dsa as topk_dsa
 from lightning_plugins.engines.sparse_allreduce.sharded import ShardedOkTopk as ShardedOkTopk
 from lightning_plugins.engines.sparse_allreduce.state import SparseAllreduceState as SparseAllreduceState
 
-__all__ = ["OkTopkState", "ShardedOkTopk", "SparseAllreduceState", "merge_rank_states", "ok_topk_hook", "sparse_allreduce"]
+__all__ = [
+    "ALGORITHMS",
+    "OkTopkState",
+    "ShardedOkTopk",
+    "SparseAllreduceState",
+    "dense_allreduce",
+    "gaussian_k_allgather",
+    "gtopk_allreduce",
+    "merge_rank_states",
+    "ok_topk_hook",
+    "sparse_allreduce",
+    "topk_allgather",
+    "topk_dsa",
+]

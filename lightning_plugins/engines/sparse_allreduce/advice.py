@@ -9,6 +9,7 @@ phases need at most. All ranks compare the slowest rank's times, so that they ag
 
 import logging
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lightning_plugins.engines.sparse_allreduce.selection import sampled_threshold, select
@@ -43,18 +44,16 @@ class Advice:
         if len(self._dense_s) < DENSE_STEPS:
             return
         exchange, k = state.exchange, state.k
-        start_s = time.perf_counter()
-        for _ in range(5):
-            exchange.largest_integers([0], "agreement")
-        latency_s = (time.perf_counter() - start_s) / 5
-        start_s = time.perf_counter()
-        chosen = select(state.acc, sampled_threshold(state.acc, k))[:k]
+        latency_s = _fastest(lambda: exchange.largest_integers([0], "agreement"))
         settings = state.cores[0].settings
         wire = Wire(settings.indices, settings.values, state.acc.dtype)
-        message = wire.encode(chosen, wire.rounded(state.acc[chosen]), 0, len(state.acc))[1]
-        compute_s = time.perf_counter() - start_s
-        entry_bytes = len(message) / max(1, len(chosen))
-        dense_s = min(self._dense_s[1:])
+
+        def pack() -> int:
+            chosen = select(state.acc, sampled_threshold(state.acc, k))[:k]
+            return len(wire.encode(chosen, wire.rounded(state.acc[chosen]), 0, len(state.acc))[1])
+
+        compute_s, entry_bytes = _fastest(pack), pack() / k
+        dense_s = min(self._dense_s[1:])  # what disturbs a measurement makes it longer
         # In microseconds, since what is compared over the ranks are whole numbers.
         times = exchange.largest_integers([round(1e6 * t) for t in (dense_s, latency_s, compute_s)], "agreement")
         dense_s, latency_s, compute_s = (1e-6 * max(t, 1) for t in times)
@@ -72,3 +71,13 @@ class Advice:
                 self.gain,
                 "going sparse" if self.sparse else f"staying dense, since that is below {WORTHWHILE}",
             )
+
+
+def _fastest(task: Callable[[], object], repeats: int = 5) -> float:
+    """Return the seconds of the fastest of some repeats."""
+    taken_s = []
+    for _ in range(repeats):
+        start_s = time.perf_counter()
+        task()
+        taken_s.append(time.perf_counter() - start_s)
+    return min(taken_s)

@@ -37,7 +37,7 @@ def sparse_allreduce(
 
     Raises:
         InputError: on every rank, if a rank's arguments cannot be used, or ranks differ in size, k, settings or steps.
-        FloatingPointError: on every rank, if a rank's ``acc`` is not finite; no rank's ``acc`` is changed then.
+        FloatingPointError: on every rank, if a rank's ``acc`` or a sum is not finite; no rank's ``acc`` is changed then.
         RuntimeError: of the process group, if a rank is gone: after the group's timeout at the latest.
 
     Example:
@@ -55,7 +55,7 @@ def sparse_allreduce(
     places, values = step.reduce([Segment(0, len(flat), state.routings[0])], finite)
     step.commit()
     if step.report.skipped:
-        raise FloatingPointError("acc is not finite on this rank or another; nothing was sent or changed, leave this step out")
+        raise FloatingPointError("acc or a sum of it is not finite; nothing was sent or changed, leave this step out")
     result = torch.zeros_like(flat)
     result[places] = values
     return result.view_as(acc)

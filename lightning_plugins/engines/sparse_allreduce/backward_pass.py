@@ -73,6 +73,9 @@ class BackwardPass:
             self._send_ready()
         if bucket.last:
             self._finish()
+            # Last of all: whoever waits may ask for the state at once.
+            for waiting in self.arrived:
+                waiting.future.set_result(waiting.buffer)
 
     def _accumulate(self, bucket: Arrived, factor: float) -> None:
         """Add a bucket to its residuals."""
@@ -136,7 +139,7 @@ class BackwardPass:
         self._final.append((places + start, values))
 
     def _finish(self) -> None:
-        """Clear what was sent, or nothing if the step is left out; hand the mean to whoever waits."""
+        """Clear what was sent, or nothing if the step is left out, and fill the buckets with the mean."""
         state = self.state
         state.passes += 1
         if self.dense:
@@ -159,17 +162,17 @@ class BackwardPass:
             state.steps += 1
         state.metrics = {**_counted([step.report for step in self._steps], state), **measured}
         with state.traffic.timing("unpack"):
-            self._hand_out()
+            self._fill_buckets()
         composition = [bucket.names for bucket in self.arrived]
         # The first pass of a process has other buckets than all that follow.
         if state.passes > 1 and composition != state.layout.segments:
             state.rearrange(composition)
 
-    def _hand_out(self) -> None:
+    def _fill_buckets(self) -> None:
         state = self.state
         if state.skipped:
             for bucket in self.arrived:
-                bucket.future.set_result(bucket.buffer.fill_(math.nan))
+                bucket.buffer.fill_(math.nan)
             return
         places = torch.cat([of_segment for of_segment, _ in self._final])
         values = torch.cat([of_segment for _, of_segment in self._final])
@@ -185,7 +188,6 @@ class BackwardPass:
                 mean[places[first:last] - (place - start)] = values[first:last].to(mean.dtype)
             if inside:
                 state.nodes.gather(mean, self._whole_sizes(bucket), bucket.buffer)
-            bucket.future.set_result(bucket.buffer)
 
     def _reduce_densely(self, bucket: Arrived) -> None:
         """Reduce a bucket as DDP does, and with it what waits in its residuals."""
@@ -201,7 +203,6 @@ class BackwardPass:
         mean = state.exchange.add(gradient.div_(state.nodes.ranks), "dense")
         state.nodes.gather(mean, self._whole_sizes(bucket), bucket.buffer)
         self._dense_s += time.perf_counter() - started_s
-        bucket.future.set_result(bucket.buffer)
 
     def _clip_factor(self, clip_norm: float) -> float:
         """Return what brings this rank's gradient to its share of the norm; 1 for one that is not finite, which is seen later."""

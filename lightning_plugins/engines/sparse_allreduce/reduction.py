@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_plugins.engines.sparse_allreduce.cuts import average_cuts, histogram_cuts
 from lightning_plugins.engines.sparse_allreduce.exchange import Exchange
-from lightning_plugins.engines.sparse_allreduce.owners import assign_owners
+from lightning_plugins.engines.sparse_allreduce.owners import MOST_RANKS, assign_owners
 from lightning_plugins.engines.sparse_allreduce.settings import Settings
 from lightning_plugins.engines.sparse_allreduce.wire import Wire
 
@@ -51,7 +51,7 @@ class Routing:
         else:
             self.cuts = average_cuts(indices, size, exchange)
         self.owners = list(range(exchange.ranks))
-        if settings.owners == "local" and exchange.ranks > 1:
+        if settings.owners == "local" and 1 < exchange.ranks <= MOST_RANKS:
             counts = exchange.all_gather_integers(self.split(indices), "cuts")
             self.owners = assign_owners(np.array(counts, dtype=np.int64))
         self.age = 0

@@ -5,7 +5,7 @@ Words of 4 bytes that a rank sends, n elements, k selected, P ranks, in float32 
     dense_allreduce        2 n (P-1)/P
     topk_allgather         2 k (P-1)
     topk_dsa               4 k (P-1)/P .. (2 k + n) (P-1)/P
-    gtopk_allreduce        4 k log2 P, at the root of the tree
+    gtopk_allreduce        2 k log2 P, and as many received before, at the root of its tree
     gaussian_k_allgather   2 k' (P-1), k' what the fitted threshold selects
 
 They are baselines: entries travel as int32 and exact values, mass is conserved as in ours, bytes are counted as in ours. They do
@@ -80,8 +80,8 @@ def gaussian_k_allgather(
 
     Paper: Shi et al., "Understanding Top-k Sparsification in Distributed Deep Learning", arXiv 1911.08772. The threshold is where
     a normal distribution of mean 0 and the vector's second moment has k / n of its mass outside; while the count is not within
-    2/3 and 4/3 of k it is halved or raised by a half, at most four times. Gradients have heavier tails than the fit, so that
-    the count can still be far from k, and nothing bounds it.
+    2/3 and 4/3 of k it is halved or raised by a half, at most four times. Few outliers widen the fit so much that the count
+    still is far from k, and nothing bounds it.
 
     Args:
         acc: any shape, ``float32`` or ``float64``, contiguous; changed in place: what was selected becomes 0.
@@ -158,7 +158,9 @@ def topk_dsa(acc: Tensor, k: int, *, state: SparseAllreduceState | None = None, 
 def gtopk_allreduce(
     acc: Tensor, k: int, *, state: SparseAllreduceState | None = None, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """Return about the k largest sums, found in a tree that keeps k at every node: 4 k log2 P words at its root. Known as gTopk.
+    """Return about the k largest sums, found in a tree that keeps k at every node. Known as gTopk.
+
+    The root gets 2 k log2 P words and then sends as many, one message after the other: 4 k log2 P in the time of a step.
 
     Paper: Shi et al., "A Distributed Synchronous SGD Algorithm with Global Top-k Sparsification for Low Bandwidth Networks",
     ICDCS 2019. We are kinder to it in three ways: any number of ranks will do; a position and a float32 take 8 bytes together;

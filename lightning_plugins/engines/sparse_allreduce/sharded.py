@@ -1,7 +1,7 @@
 """Ok-Topk between nodes for FSDP2: shards are reduced densely inside a node, and sparsely between nodes.
 
-FSDP2 reduce-scatters the gradients of a wrapped module inside its mesh, and then calls a hook with this rank's shard, in the order
-of the backward pass. If the mesh spans one node, what is left is the sum over nodes: here sparse, with a residual for each
+FSDP2 reduce-scatters the gradients of a wrapped module inside its mesh, and then calls a hook with this rank's shard, in the
+order of the backward pass. If the mesh spans one node, what is left is the sum over nodes: here sparse, with a residual for each
 wrapped module. A shard's thresholds are its own, since the others' gradients are not there yet.
 """
 
@@ -82,7 +82,7 @@ class ShardedOkTopk:
             residual = self.residuals.get(name)
             if residual is not None and residual.shape != shard.shape:
                 raise InputError(
-                    f"the residual of {name!r} has {len(residual)} elements and its shard {len(shard)}; load the state of this model"
+                    f"the residual of {name!r} has {len(residual)} elements, its shard {len(shard)}; load the state of this model"
                 )
             gradient = shard.to(torch.promote_types(shard.dtype, torch.float32))
             acc = gradient.clone() if residual is None else gradient + residual.to(shard.device)

@@ -22,7 +22,7 @@ class Report:
         most_selected: of any rank.
         most_received: entries that the busiest owner got from others in split-and-reduce.
         exact: whether the thresholds were computed exactly.
-        skipped: whether a rank had a gradient that was not finite, so that nothing was done.
+        skipped: whether a rank had a gradient that was not finite, or a sum overflowed, so that nothing was done.
     """
 
     selected: int = 0

@@ -190,6 +190,9 @@ class SparseStep:
         owned, sums = owned[choice.kept], sums[choice.kept]
         rounded = self._wire.rounded(sums)
         places, final = balance_and_allgather(owned, rounded, choice.counts, order, self._wire, self.exchange)
+        if not bool(final.isfinite().all()):  # sums of finite values have overflowed; every rank sees the same
+            self.report.skipped = True
+            return places[:0], final[:0]
         self.report.selected_globally += sum(choice.counts)
         self.report.candidates_globally += choice.candidates
         self._sent.append(_Sent(chosen, self.acc[chosen] - values, owned, sums - rounded, places, final))

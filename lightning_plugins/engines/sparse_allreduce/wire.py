@@ -101,8 +101,9 @@ class Wire:
     def _quantized(self, values: Tensor) -> Tensor:
         if self.values == "exact":
             return values
-        # The largest float32 would round to infinity.
-        return values.clamp(-_BFLOAT16_MAX, _BFLOAT16_MAX).to(torch.bfloat16)
+        # The largest float32 would round to infinity; what is infinite has to stay so, for others to see it.
+        clamped = values.clamp(-_BFLOAT16_MAX, _BFLOAT16_MAX)
+        return torch.where(values.isinf(), values, clamped).to(torch.bfloat16)
 
     def _shortest(self, positions: Tensor, span: int) -> str:
         count = len(positions)
