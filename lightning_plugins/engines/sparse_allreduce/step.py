@@ -131,9 +131,10 @@ class SparseStep:
         if report.skipped:
             return
         with self.exchange.traffic.timing("clear"):
+            final = torch.zeros(len(self.acc), dtype=torch.bool, device=self.acc.device)
             for sent in self._sent:
-                final = torch.zeros(len(self.acc), dtype=torch.bool, device=self.acc.device)
                 final[sent.places] = True
+            for sent in self._sent:
                 hit = final[sent.chosen]
                 # Only what was sent and is in the final set has left; rounding errors stay, at the sender and at the owner.
                 self.acc[sent.chosen[hit]] = sent.kept_back[hit]

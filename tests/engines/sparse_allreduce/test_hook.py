@@ -1,5 +1,7 @@
 """The hook in plain DDP against the paper's step written densely, and its modes against each other."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -64,6 +66,26 @@ def test_streamed_is_global_to_the_bit_between_exact_thresholds_too(ranks, world
             assert segments > 1, "nothing could be streamed"
             assert (weights == found[threshold, "global"][0]).all()
             assert (residual == found[threshold, "global"][1]).all()
+
+
+def growing(rank, world_size):
+    """Gradients grow from step to step, so that reused thresholds let far too much through: return what was sent, over k."""
+    module = net()
+    wrapped, state = hooked(module, {"density": 0.05, "threshold": "reused", "threshold_every": 100})
+    found = []
+    for step in range(8):
+        module.zero_grad()
+        (loss_of(wrapped, rank, step) * 3.0**step).backward()
+        found.append(state.metrics["selected_over_k"])
+        found.append(state.metrics["selected_globally_over_k"])
+    return found, len(state.layout.segments), state.metrics["reached_over_k"]
+
+
+def test_streamed_never_sends_more_than_k(ranks):
+    for found, segments, reached in ranks.run(growing, 2):
+        assert segments > 1
+        assert reached > 2.0
+        assert max(found) <= 1.0
 
 
 class Whole(nn.Module):
@@ -145,6 +167,29 @@ def test_no_mass_is_lost_or_applied_twice(ranks, world_size):
     """Sum of gradients given = sum taken by the optimizer + sum of residuals, after every step, in whole numbers."""
     for found in ranks.run(conserved, world_size):
         assert found == dict.fromkeys(found, 0.0)
+
+
+def sparse_then_dense(rank, world_size):
+    """Return the error of mass over a change from sparse to dense steps, and the norm of what waits afterwards."""
+    module = net()
+    wrapped, state = hooked(module, {"density": 0.05})
+    given = taken = 0.0
+    for step in range(6):
+        if step == 4:
+            state.options = replace(state.options, dense_steps=100)
+        module.zero_grad()
+        alone = torch.autograd.grad(loss_of(module, rank, step), list(module.parameters()))
+        given = given + torch.cat([gradient.flatten() for gradient in alone])
+        loss_of(wrapped, rank, step).backward()
+        taken = taken + torch.cat([parameter.grad.flatten() for parameter in module.parameters()])
+    dist.all_reduce(given)
+    return float((given / world_size - taken).abs().max()), float(state.residual.abs().max())
+
+
+def test_a_dense_step_takes_along_what_waits(ranks):
+    for error, waiting in ranks.run(sparse_then_dense, 2):
+        assert error < 1e-6
+        assert waiting == 0.0
 
 
 def scaled(rank, world_size):
