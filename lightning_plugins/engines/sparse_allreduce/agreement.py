@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from collections.abc import Sequence
 
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.engines.sparse_allreduce.exchange import Exchange
@@ -9,12 +10,14 @@ from lightning_plugins.engines.sparse_allreduce.exchange import Exchange
 FINE, NOT_FINITE, REFUSED = 0, 1, 2
 
 
-def agree(condition: int, selected: int, alike: dict[str, object], exchange: Exchange, refusal: str = "") -> tuple[int, int]:
-    """Return the worst condition of any rank and the largest ``selected``.
+def agree(
+    condition: int, selected: Sequence[int], alike: dict[str, object], exchange: Exchange, refusal: str = ""
+) -> tuple[int, list[int]]:
+    """Return the worst condition of any rank and the largest of each of ``selected``.
 
     Args:
         condition: ``FINE``, ``NOT_FINITE`` or ``REFUSED`` on this rank.
-        selected: entries that this rank would send.
+        selected: entries that this rank would send of each segment, as many segments on every rank.
         alike: what has to be equal on all ranks, by name; whole numbers, or a dict of settings.
         exchange: the ranks.
         refusal: the sentence of a rank that refuses.
@@ -23,9 +26,9 @@ def agree(condition: int, selected: int, alike: dict[str, object], exchange: Exc
         InputError: on every rank, if one refuses or they differ; it names the ranks.
     """
     numbers = [_number(value) for value in alike.values()]
-    answer = exchange.largest_integers([condition, selected, *numbers, *(-number for number in numbers)], "agreement")
-    worst, most = answer[:2]
-    largest, smallest = answer[2 : 2 + len(numbers)], [-number for number in answer[2 + len(numbers) :]]
+    answer = exchange.largest_integers([condition, *numbers, *(-number for number in numbers), *selected], "agreement")
+    worst, most = answer[0], answer[1 + 2 * len(numbers) :]
+    largest, smallest = answer[1 : 1 + len(numbers)], [-number for number in answer[1 + len(numbers) : 1 + 2 * len(numbers)]]
     if worst == REFUSED:
         said = [(rank, text) for rank, text in enumerate(exchange.all_gather_text(refusal)) if text]
         raise InputError("; ".join(f"rank {rank}: {text}" if exchange.ranks > 1 else text for rank, text in said))

@@ -48,7 +48,7 @@ def sparse_allreduce(
     state = SparseAllreduceState(threshold="exact") if state is None else state
     exchange = Exchange(group, acc.device, state.traffic)
     if refusal := why_not(acc, k, exchange.ranks):
-        agree(REFUSED, 0, {"elements": 0, "k": 0, "step": 0, "settings": {}}, exchange, refusal)
+        agree(REFUSED, [0], {"elements": 0, "k": 0, "step": 0, "settings": {}}, exchange, refusal)
     flat = acc.view(-1)
     step = SparseStep(state, flat, min(k, len(flat)), exchange)
     finite = bool(flat.sum().isfinite()) or bool(flat.isfinite().all())

@@ -163,7 +163,7 @@ class OkTopkState:
         if not self._checked:
             alike = {f"the shape of {name}": shape for name, shape in self.shapes.items()}
             settings = {**vars(self.options), **vars(self.cores[0].settings), "parameters": len(alike)}
-            agree(FINE, 0, {"steps": self.steps, "settings": {**settings, **alike}}, self._everyone)
+            agree(FINE, [], {"steps": self.steps, "settings": {**settings, **alike}}, self._everyone)
             self._checked = True
 
     def rearrange(self, segments: Sequence[Sequence[str]]) -> None:

@@ -97,23 +97,22 @@ class SparseStep:
             parts = parts or [(segment.start, segment.end) for segment in segments]
             chosen = self._select(parts, unused) if finite else torch.empty(0, dtype=torch.int64, device=self.acc.device)
             values = self._wire.rounded(self.acc[chosen])
+            ends = torch.tensor([segment.end for segment in segments[:-1]], dtype=torch.int64, device=chosen.device)
+            cut = torch.searchsorted(chosen, ends).tolist()
+            chosen_of, values_of = chosen.tensor_split(cut), values.tensor_split(cut)
         with traffic.timing("agreement"):
-            condition, most = agree(FINE if finite else NOT_FINITE, len(chosen), self._alike, self.exchange)
+            condition, most = agree(FINE if finite else NOT_FINITE, [*map(len, chosen_of)], self._alike, self.exchange)
         if condition == NOT_FINITE or self.report.skipped:
             self.report.skipped = True
             return chosen[:0], values[:0]
-        self.report.most_selected += most
+        self.report.most_selected += sum(most)
         owned, sums = [], []
-        ends = torch.tensor([segment.end for segment in segments[:-1]], dtype=torch.int64, device=chosen.device)
-        cut = torch.searchsorted(chosen, ends).tolist()
-        split = zip(segments, chosen.tensor_split(cut), values.tensor_split(cut), strict=True)
-        for segment, places, of_segment in split:
-            # A segment among several may hold anything up to what the busiest rank selected in all.
+        for segment, places, of_segment, of_busiest in zip(segments, chosen_of, values_of, most, strict=True):
             summed = split_and_reduce(
                 places - segment.start,
                 of_segment,
                 segment.end - segment.start,
-                most,
+                of_busiest,
                 segment.routing,
                 settings,
                 self._wire,
