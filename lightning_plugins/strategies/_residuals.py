@@ -10,7 +10,22 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.engines.sparse_allreduce import OkTopkState, merge_rank_states
+from lightning_plugins.engines.sparse_allreduce.hook_options import HookOptions
+from lightning_plugins.engines.sparse_allreduce.settings import Settings
 from lightning_plugins.strategies import _rank_files as files
+
+
+def check_log_every(log_every: Any) -> None:
+    """Refuse what is no interval, by the name that the user has given."""
+    if not isinstance(log_every, int) or log_every < 0:
+        raise InputError(f"log_every must be a whole number of steps, got {log_every}; 0 logs nothing")
+
+
+def shown(options: HookOptions, settings: Settings) -> str:
+    """Return all settings by the names of the strategies' arguments."""
+    names = {"measure_every": "log_every", "unused_parameters": "find_unused_parameters"}
+    values = {**vars(options), **vars(settings)}
+    return ", ".join(f"{names.get(name, name)}={value!r}" for name, value in values.items())
 
 
 def check_ddp_options(ddp: dict[str, Any]) -> None:
@@ -21,7 +36,7 @@ def check_ddp_options(ddp: dict[str, Any]) -> None:
 
 
 def restore(state: OkTopkState, checkpoint: str, described: dict[str, Any]) -> None:
-    """Read what a rank needs of a checkpoint's files.
+    """Read what a rank needs of a checkpoint's files; every rank calls this.
 
     Args:
         state: that takes it.
@@ -29,15 +44,26 @@ def restore(state: OkTopkState, checkpoint: str, described: dict[str, Any]) -> N
         described: what the checkpoint says of its files.
 
     Raises:
-        InputError: for a file that cannot be read, or of another model.
+        InputError: on every rank, if one has a file that cannot be read, or of another model.
     """
+    said = ""
+    try:
+        _restore(state, checkpoint, described)
+    except InputError as error:
+        said = str(error)
+    for rank, of_rank in enumerate(state.everyone.all_gather_text(said)):
+        if of_rank:
+            raise InputError(said or f"rank {rank}: {of_rank}")
+
+
+def _restore(state: OkTopkState, checkpoint: str, described: dict[str, Any]) -> None:
     saved_ranks, ranks = described["ranks"], state.nodes.ranks
     found = files.find(checkpoint, described["token"], saved_ranks)
     if found is None:
         warnings.warn(
             f"{checkpoint} was saved with residuals in {files.folder_of(checkpoint)}, and they are not there: what had not been "
             "sent yet is lost; copy that folder beside the checkpoint to go on exactly",
-            stacklevel=2,
+            stacklevel=3,
         )
         return
     if saved_ranks == ranks:
@@ -59,21 +85,34 @@ def _load(file: str) -> dict[str, Any]:
     try:
         with fsspec.open(file, "rb") as opened:
             state: dict[str, Any] = torch.load(opened, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(f"{file} cannot be read as residuals; resume from another checkpoint") from error
     return state
 
 
-def logged(state: OkTopkState, every: int) -> dict[str, float]:
-    """Return what is to be logged after this step, by key; most steps nothing."""
-    if not every or state.steps % every != 0 or not state.metrics:
-        return {}
-    sent_bytes, received_bytes = state.traffic.total_bytes()
-    values = {
-        **state.metrics,
-        "sent_mb": 1e-6 * sent_bytes / every,
-        "received_mb": 1e-6 * received_bytes / every,
-        **{f"{phase}_ms": 1e3 * seconds / every for phase, seconds in state.traffic.seconds.items()},
-    }
-    state.traffic.clear()
-    return {f"{files.KEY}/{name}": value for name, value in values.items()}
+class StepLog:
+    """Which steps are logged, and since which pass bytes and seconds are counted.
+
+    Args:
+        every: steps between two logs; 0 for none.
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._passes = 0
+
+    def values(self, state: OkTopkState) -> dict[str, float]:
+        """Return what is to be logged after this step, by key; most steps nothing."""
+        passes = state.passes - self._passes  # none where a second optimizer steps after the same pass
+        if not self._every or state.steps % self._every or not passes:
+            return {}
+        sent_bytes, received_bytes = state.traffic.total_bytes()
+        values = {
+            **state.metrics,
+            "sent_mb": 1e-6 * sent_bytes / passes,
+            "received_mb": 1e-6 * received_bytes / passes,
+            **{f"{phase}_ms": 1e3 * seconds / passes for phase, seconds in state.traffic.seconds.items()},
+        }
+        state.traffic.clear()
+        self._passes = state.passes
+        return {f"{files.KEY}/{name}": value for name, value in values.items()}

@@ -14,7 +14,7 @@ from lightning_plugins.engines.sparse_allreduce import OkTopkState, ok_topk_hook
 from lightning_plugins.engines.sparse_allreduce.hook_options import HookOptions
 from lightning_plugins.engines.sparse_allreduce.settings import Settings
 from lightning_plugins.strategies import _rank_files as files
-from lightning_plugins.strategies._residuals import check_ddp_options, logged, restore
+from lightning_plugins.strategies._residuals import StepLog, check_ddp_options, check_log_every, restore, shown
 
 
 class OkTopkStrategy(DDPStrategy):
@@ -72,6 +72,7 @@ class OkTopkStrategy(DDPStrategy):
         **ddp: Any,
     ) -> None:
         check_ddp_options(ddp)
+        check_log_every(log_every)
         unused = bool(ddp.get("find_unused_parameters", False))
         self._options = HookOptions(
             density, mode, dense_steps, ranks_per_node, clip_norm, unused, auto, log_every, assumption_every
@@ -79,12 +80,12 @@ class OkTopkStrategy(DDPStrategy):
         self._settings = Settings(threshold, threshold_every, repartition_every, cuts, owners, indices, values)
         self._options.check_settings(self._settings)
         self.ok_topk: OkTopkState | None = None
+        self._log, self._skips_seen = StepLog(log_every), 0
         self._restored_from: tuple[str, dict[str, Any]] | None = None
         super().__init__(**ddp)
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value!r}" for name, value in {**vars(self._options), **vars(self._settings)}.items())
-        return f"OkTopkStrategy({shown}; {built_for()})"
+        return f"OkTopkStrategy({shown(self._options, self._settings)}; {built_for()})"
 
     def configure_ddp(self) -> None:
         """Make the state, and compare the ranks' models before DDP does, whose own check names no parameter."""
@@ -105,6 +106,7 @@ class OkTopkStrategy(DDPStrategy):
         self.ok_topk.check_ranks()
         if self._restored_from is not None:
             restore(self.ok_topk, *self._restored_from)
+        self._log, self._skips_seen = StepLog(self._options.measure_every), self.ok_topk.skipped_count
         super().configure_ddp()
 
     def _register_ddp_hooks(self) -> None:
@@ -119,8 +121,7 @@ class OkTopkStrategy(DDPStrategy):
         output = super().optimizer_step(optimizer, lambda: self._without_bad_gradients(closure()), model, **kwargs)
         assert self.ok_topk is not None
         assert self.lightning_module is not None
-        values = logged(self.ok_topk, self._options.measure_every)
-        if values:
+        if values := self._log.values(self.ok_topk):
             self.lightning_module.log_dict(values, on_step=True, on_epoch=False)
         return output
 
@@ -135,6 +136,7 @@ class OkTopkStrategy(DDPStrategy):
         if self.ok_topk is None:
             raise InputError("OkTopkStrategy has no state before the fit; load it while a Trainer runs")
         self.ok_topk.load_rank_state_dict(state)
+        self._skips_seen = self.ok_topk.skipped_count
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write every rank's file, then the checkpoint that names them."""
@@ -185,8 +187,10 @@ class OkTopkStrategy(DDPStrategy):
     def _without_bad_gradients(self, result: Any) -> Any:
         assert self.ok_topk is not None
         assert self.lightning_module is not None
-        # A gradient scaler has to see them itself, to lower its scale.
-        if self.ok_topk.skipped and getattr(self.precision_plugin, "scaler", None) is None:
+        # Several passes may come before a step. A gradient scaler has to see for itself, to lower its scale.
+        bad = self.ok_topk.skipped_count > self._skips_seen
+        self._skips_seen = self.ok_topk.skipped_count
+        if bad and getattr(self.precision_plugin, "scaler", None) is None:
             for parameter in self.lightning_module.parameters():
                 parameter.grad = None
         return result

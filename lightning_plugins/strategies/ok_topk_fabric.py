@@ -11,7 +11,7 @@ from lightning_plugins.engines.sparse_allreduce import OkTopkState, ok_topk_hook
 from lightning_plugins.engines.sparse_allreduce.hook_options import HookOptions
 from lightning_plugins.engines.sparse_allreduce.settings import Settings
 from lightning_plugins.strategies import _rank_files as files
-from lightning_plugins.strategies._residuals import check_ddp_options, restore
+from lightning_plugins.strategies._residuals import check_ddp_options, check_log_every, restore, shown
 
 
 class OkTopkFabricStrategy(FabricDDPStrategy):
@@ -36,15 +36,16 @@ class OkTopkFabricStrategy(FabricDDPStrategy):
         own = {name: options.pop(name) for name in HookOptions.__dataclass_fields__ if name in options}
         own.setdefault("unused_parameters", bool(options.get("find_unused_parameters", False)))
         if "log_every" in options:
+            check_log_every(options["log_every"])
             own["measure_every"] = options.pop("log_every")
         self._options, self._settings = HookOptions(density, **own), Settings(**settings)
         self._options.check_settings(self._settings)
         self.ok_topk: OkTopkState | None = None
+        self._skips_seen = 0
         super().__init__(**options)
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value!r}" for name, value in {**vars(self._options), **vars(self._settings)}.items())
-        return f"OkTopkFabricStrategy({shown}; {built_for()})"
+        return f"OkTopkFabricStrategy({shown(self._options, self._settings)}; {built_for()})"
 
     def setup_module(self, module: nn.Module) -> DistributedDataParallel:
         """Wrap a module, the only one that is trained, and register the hook."""
@@ -60,8 +61,10 @@ class OkTopkFabricStrategy(FabricDDPStrategy):
 
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
         """Step, unless a rank's gradient was not finite and no scaler sees to that."""
-        if self.ok_topk is not None and self.ok_topk.skipped and self._scaler() is None:
-            return None
+        if self.ok_topk is not None and self.ok_topk.skipped_count > self._skips_seen:
+            self._skips_seen = self.ok_topk.skipped_count  # several passes may come before a step
+            if self._scaler() is None:
+                return None
         return super().optimizer_step(optimizer, **kwargs)
 
     def rank_state_dict(self) -> dict[str, Any]:
@@ -71,6 +74,7 @@ class OkTopkFabricStrategy(FabricDDPStrategy):
     def load_rank_state_dict(self, state: dict[str, Any]) -> None:
         """Take in what `rank_state_dict` returned on the same rank."""
         self._state().load_rank_state_dict(state)
+        self._skips_seen = self._state().skipped_count
 
     def save_checkpoint(self, path: Any, state: dict[str, Any], storage_options: Any = None, filter: Any = None) -> None:
         """Write every rank's file, then the checkpoint that names them."""
@@ -93,6 +97,7 @@ class OkTopkFabricStrategy(FabricDDPStrategy):
         described = left.pop(files.KEY, None)
         if described is not None and self.ok_topk is not None:
             restore(self.ok_topk, str(path), described)
+            self._skips_seen = self.ok_topk.skipped_count
         return left
 
     def _state(self) -> OkTopkState:

@@ -27,6 +27,7 @@ class Arrived:
         buffer: their gradients end to end; the mean is written here.
         last: whether no other follows.
         future: gets the buffer.
+        used: parameters that got a gradient on this rank, where backward passes may leave some out.
     """
 
     index: int
@@ -34,6 +35,7 @@ class Arrived:
     buffer: Tensor
     last: bool
     future: torch.futures.Future[Tensor]
+    used: frozenset[str] = frozenset()
 
 
 class BackwardPass:
@@ -61,6 +63,8 @@ class BackwardPass:
     def arrive(self, bucket: Arrived) -> None:
         """Take a bucket, and do all that can be done by now."""
         self.arrived.append(bucket)
+        if self.state.options.unused_parameters:
+            self._leave_out_unused(bucket)
         if self.dense:
             self._reduce_densely(bucket)
         elif self.state.options.clip_norm is None:
@@ -87,18 +91,20 @@ class BackwardPass:
                 part = slice(place, place + length)
                 finite = accumulate(state.residual[part], gradient[start : start + length], state.acc[part], factor / self._scale)
                 self._finite = self._finite and finite
-        if state.options.unused_parameters:
-            self._note_unused(bucket.names, gradient)
         self._complete.update(bucket.names)
 
-    def _note_unused(self, names: list[str], gradient: Tensor) -> None:
-        """Find parameters without a gradient on any rank: DDP will throw away what the hook says of them."""
-        layout, exchange = self.state.layout, self.state.exchange
-        parts = gradient.split([layout.sizes[name] for name in names])
-        used = exchange.largest_integers([int(bool(part.any())) for part in parts], "agreement")
-        starts = [layout.starts[name] for name, of_any in zip(names, used, strict=True) if not of_any]
-        sizes = [layout.sizes[name] for name, of_any in zip(names, used, strict=True) if not of_any]
-        self._unused += [(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    def _leave_out_unused(self, bucket: Arrived) -> None:
+        """Keep what waits for parameters without a gradient on any rank: DDP throws away what the hook says of them.
+
+        Their part of the bucket may hold what an earlier pass has left in ``.grad``.
+        """
+        layout = self.state.layout
+        used = self.state.everyone.largest_integers([int(name in bucket.used) for name in bucket.names], "agreement")
+        parts = bucket.buffer.split(self._whole_sizes(bucket))
+        for name, part, by_any in zip(bucket.names, parts, used, strict=True):
+            if not by_any:
+                part.zero_()
+                self._unused.append((layout.starts[name], layout.starts[name] + layout.sizes[name]))
 
     def _send_ready(self) -> None:
         """Exchange the segments that are complete, in order; where thresholds are due only all together."""
@@ -143,11 +149,7 @@ class BackwardPass:
         state = self.state
         state.passes += 1
         if self.dense:
-            state.steps += 1
-            state.skipped = False
-            state.metrics = {}
-            if state.advice is not None and state.advice.sparse is None:
-                state.advice.note_dense(self._dense_s, state)
+            self._finish_densely()
             return
         state.skipped = any(step.report.skipped for step in self._steps)
         for step in self._steps:
@@ -195,14 +197,30 @@ class BackwardPass:
         started_s = time.perf_counter()
         gradient = state.nodes.scatter(bucket.buffer, self._whole_sizes(bucket))
         for start, place, length in state.layout.runs(bucket.names):
-            waiting = state.residual[place : place + length]
-            if bool(waiting.any()):
-                gradient[start : start + length].add_(waiting.to(gradient.dtype), alpha=self._scale)
-                waiting.zero_()
-            state.acc[place : place + length] = gradient[start : start + length]
+            part = slice(place, place + length)
+            torch.add(gradient[start : start + length], state.residual[part], alpha=self._scale, out=state.acc[part])
+            gradient[start : start + length] = state.acc[part]
         mean = state.exchange.add(gradient.div_(state.nodes.ranks), "dense")
         state.nodes.gather(mean, self._whole_sizes(bucket), bucket.buffer)
+        # The mean is the same on all ranks, and so is what follows from it.
+        self._finite = self._finite and (math.isfinite(float(mean.sum())) or bool(bucket.buffer.isfinite().all()))
         self._dense_s += time.perf_counter() - started_s
+
+    def _finish_densely(self) -> None:
+        state = self.state
+        state.skipped = not self._finite
+        state.metrics = {"skipped_count": float(state.skipped_count + state.skipped)}
+        if state.skipped:
+            state.skipped_count += 1
+            self._fill_buckets()
+            return
+        kept = [(start, end, state.residual[start:end].clone()) for start, end in self._unused]
+        state.residual.zero_()
+        for start, end, waiting in kept:
+            state.residual[start:end] = waiting
+        state.steps += 1
+        if state.advice is not None and state.advice.sparse is None:
+            state.advice.note_dense(self._dense_s, state)
 
     def _clip_factor(self, clip_norm: float) -> float:
         """Return what brings this rank's gradient to its share of the norm; 1 for one that is not finite, which is seen later."""

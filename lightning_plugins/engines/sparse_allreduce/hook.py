@@ -71,6 +71,7 @@ class OkTopkState:
         skipped_count: how many were.
         steps: reduced so far, dense ones included and skipped ones not.
         metrics: of the last step, by name.
+        everyone: all ranks, of all nodes.
         residual: ``(elements,)``, what waits on this rank.
     """
 
@@ -99,13 +100,18 @@ class OkTopkState:
         self.cores = [SparseAllreduceState(**settings)]
         self.options.check_settings(self.cores[0].settings)
         parameters = _parameters(module)
+        self._used: set[str] = set()  # parameters with a gradient since their bucket was last taken
+        self._watching = [
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._used.add(name))
+            for name, parameter in (parameters.items() if unused_parameters else ())
+        ]
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self.shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
         first = next(iter(parameters.values()))
         timeout = timeout_of(group, first.device) if timeout is None else timeout
         self.nodes = Nodes(group, ranks_per_node, timeout)
         self.exchange = Exchange(self.nodes.between, first.device, self.cores[0].traffic)
-        self._everyone = Exchange(dist.new_group(_members(group), timeout=timeout), first.device)
+        self.everyone = Exchange(dist.new_group(_members(group), timeout=timeout), first.device)
         # Backward fills the last layers first: in this order buckets lie in few runs.
         sizes = {name: self.nodes.chunk(math.prod(self.shapes[name])) for name in reversed(self.shapes)}
         self.layout = Layout(sizes, [list(sizes)])
@@ -148,7 +154,10 @@ class OkTopkState:
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future(
             devices=[buffer.device] if buffer.device.type == "cuda" else None
         )
-        arrived = Arrived(bucket.index(), [self._names[id(p)] for p in bucket.parameters()], buffer, bucket.is_last(), future)
+        names = [self._names[id(parameter)] for parameter in bucket.parameters()]
+        used = self._used.intersection(names)
+        self._used -= used
+        arrived = Arrived(bucket.index(), names, buffer, bucket.is_last(), future, frozenset(used))
         # To C++ an exception in a future is an object like any other; raised in a callback its text gets through.
         given = future.then(lambda done: done.value())
         self._worker.submit(lambda: self._process(arrived))
@@ -163,7 +172,7 @@ class OkTopkState:
         if not self._checked:
             alike = {f"the shape of {name}": shape for name, shape in self.shapes.items()}
             settings = {**vars(self.options), **vars(self.cores[0].settings), "parameters": len(alike)}
-            agree(FINE, [], {"steps": self.steps, "settings": {**settings, **alike}}, self._everyone)
+            agree(FINE, [], {"steps": self.steps, "settings": {**settings, **alike}}, self.everyone)
             self._checked = True
 
     def rearrange(self, segments: Sequence[Sequence[str]]) -> None:
@@ -217,8 +226,10 @@ class OkTopkState:
             self.advice.sparse = state["sparse"]
 
     def close(self) -> None:
-        """End the worker thread."""
+        """End the worker thread, and let go of the parameters."""
         self._worker.close()
+        for handle in self._watching:
+            handle.remove()
 
     def _process(self, bucket: Arrived) -> None:
         """Do a bucket's work, in the worker; whatever goes wrong arrives where backward waits."""

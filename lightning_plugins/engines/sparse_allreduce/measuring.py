@@ -20,11 +20,12 @@ def measure(state: "OkTopkState", final: list[tuple[Tensor, Tensor]]) -> dict[st
         final: positions and sums of the step's result.
     """
     options, found = state.options, {}
-    if options.measure_every and state.steps % options.measure_every == 0:
+    step = state.steps + 1  # that this one will be: whoever logs counts it
+    if options.measure_every and step % options.measure_every == 0:
         gradient_norm = float(torch.linalg.vector_norm(state.acc - state.residual))
         found["gradient_norm"] = gradient_norm
         found["residual_over_gradient"] = float(torch.linalg.vector_norm(state.residual)) / max(gradient_norm, 1e-30)
-    if options.assumption_every and state.steps % options.assumption_every == 0:
+    if options.assumption_every and step % options.assumption_every == 0:
         update = torch.zeros_like(state.acc)
         for places, values in final:
             update[places] = values

@@ -2,7 +2,8 @@
 
 With cuts at quantiles every rank selects k entries and every region gets k, so the mean share of a rank in a region is k / P. A
 rank that owns a region of which it holds k / P or more sends and receives at most k (P - 1) / P entries in split-and-reduce.
-Such owners for all ranks at once do not always exist; as many as possible get one, and then the sum of what stays is largest.
+Where there are such owners for all ranks at once, they are found. Otherwise the sum of what stays, each counted up to k / P, is
+as large as can be, and a rank may send or receive up to k.
 """
 
 import numpy as np

@@ -49,6 +49,7 @@ class ShardedOkTopk:
         wrapped = {name: part for name, part in module.named_modules() if isinstance(part, FSDPModule)}
         if not wrapped:
             raise InputError("the module has no part that fully_shard has wrapped; wrap it over a mesh of one node first")
+        self._check_meshes(module)
         for name, part in wrapped.items():
             self.states[name] = SparseAllreduceState(**settings)
             self.states[name].traffic = self.traffic
@@ -76,6 +77,18 @@ class ShardedOkTopk:
         self.residuals = {name: residual.clone() for name, residual in state["residuals"].items()}
         for name, of_module in state["states"].items():
             self.states[name].load_state_dict(of_module)
+
+    def _check_meshes(self, module: nn.Module) -> None:
+        from torch.distributed.tensor import DTensor
+
+        others = set(dist.get_process_group_ranks(self.group)) - {dist.get_rank()}
+        for name, parameter in module.named_parameters():
+            mesh = parameter.device_mesh.mesh.flatten().tolist() if isinstance(parameter, DTensor) else []
+            if not others.isdisjoint(mesh):
+                raise InputError(
+                    f"{name} is reduced over the ranks {mesh} already, and the group has {sorted(others & set(mesh))} of them; "
+                    "wrap over a mesh of one node, and give the group of ranks that hold the same shard in all nodes"
+                )
 
     def _hook_of(self, name: str) -> Callable[[Tensor], None]:
         def reduce(shard: Tensor) -> None:

@@ -108,7 +108,7 @@ def everything(step, rank):
     return (0, 1, 2)
 
 
-def masses(rank, world_size, options, steps, used_by_step=everything, accumulate=1, **ddp):
+def masses(rank, world_size, options, steps, used_by_step=everything, accumulate=1, dense_from=None, **ddp):
     """Return the largest error of mass after any step, over all ranks, for each element or (on two levels) each parameter."""
     module = Whole()
     wrapped, state = hooked(module, options, **ddp)
@@ -116,6 +116,8 @@ def masses(rank, world_size, options, steps, used_by_step=everything, accumulate
     taken = torch.zeros_like(given)
     errors = []
     for step in range(steps):
+        if step == dense_from:
+            state.options = replace(state.options, dense_steps=steps)
         module.zero_grad()
         for part in range(accumulate):
             x = whole_batch(rank, step * accumulate + part)
@@ -157,6 +159,8 @@ def conserved(rank, world_size):
         unused = {**options, "unused_parameters": True, "mode": mode}
         found[f"unused, {mode}"] = masses(rank, world_size, unused, 14, one_missing, find_unused_parameters=True)
     found["bfloat16"] = masses(rank, world_size, {**options, "values": "bfloat16"}, 17)
+    unused = {**options, "unused_parameters": True}
+    found["unused, then dense"] = masses(rank, world_size, unused, 10, one_missing, dense_from=6, find_unused_parameters=True)
     found["dense first"] = masses(rank, world_size, {**options, "dense_steps": 3}, 8)
     found["accumulated"] = masses(rank, world_size, options, 8, accumulate=3)
     return found

@@ -1,0 +1,186 @@
+"""What cannot be done is refused on every rank, in one sentence that names the ranks, with nothing changed and nobody waiting."""
+
+import time
+
+import pytest
+import torch
+
+from lightning_plugins._support.errors import InputError
+from lightning_plugins.engines.sparse_allreduce import SparseAllreduceState, sparse_allreduce
+from tests.engines.sparse_allreduce import threads
+from tests.ranks.rank import progress
+
+COUNT = 3
+
+
+def good():
+    return {"acc": torch.arange(1.0, 13.0), "k": 4, "state": SparseAllreduceState()}
+
+
+def changed(name, rank):
+    """Return the arguments of a bad call, and which ranks make the mistake."""
+    call = good()
+    strange = rank == 1
+    if name == "k on all ranks" or (name == "k on one rank" and strange):
+        call["k"] = 2
+    elif name == "k is no integer" and strange:
+        call["k"] = 4.0
+    elif name == "another k" and strange:
+        call["k"] = 5
+    elif name == "another size" and strange:
+        call["acc"] = torch.ones(11)
+    elif name == "another step" and strange:
+        call["state"].step = 3
+    elif name == "other indices" and strange:
+        call["state"] = SparseAllreduceState(indices="bitmap")
+    elif name == "another interval" and strange:
+        call["state"] = SparseAllreduceState(threshold_every=5)
+    elif name == "sparse" and strange:
+        call["acc"] = call["acc"].to_sparse()
+    elif name == "half" and strange:
+        call["acc"] = call["acc"].half()
+    elif name == "bfloat16":
+        call["acc"] = call["acc"].bfloat16()
+    elif name == "integers" and strange:
+        call["acc"] = call["acc"].long()
+    elif name == "not contiguous" and strange:
+        call["acc"] = torch.ones(4, 6).t()[:3]
+    elif name == "empty" and strange:
+        call["acc"] = torch.ones(0)
+    elif name == "nan" and strange:
+        call["acc"][5] = float("nan")
+    elif name == "infinity" and strange:
+        call["acc"][0] = -float("inf")
+    return call
+
+
+REFUSALS = {
+    "k on one rank": "^rank 1: k must be a whole number from the number of ranks, 3, on, got 2; send more",
+    "k on all ranks": "rank 0: k must be .*got 2.*; rank 1: .*; rank 2: ",
+    "k is no integer": r"^rank 1: k must be a whole number .*got 4\.0",
+    "another k": "^the ranks must agree in k: rank 0 has 4, rank 1 has 5; give all ranks the same",
+    "another size": "agree in elements: rank 0 has 12, rank 1 has 11",
+    "another step": "agree in step: rank 0 has 0, rank 1 has 3",
+    "other indices": "agree in indices: rank 0 has auto, rank 1 has bitmap",
+    "another interval": "agree in threshold_every: rank 0 has 32, rank 1 has 5",
+    "sparse": r"^rank 1: acc must be dense, got torch.sparse_coo; call .to_dense\(\)",
+    "half": "^rank 1: acc must be float32 or float64, got torch.float16; keep residuals in float32",
+    "bfloat16": "rank 2: acc must be float32 or float64, got torch.bfloat16",
+    "integers": "^rank 1: acc must be float32 or float64, got torch.int64",
+    "not contiguous": r"^rank 1: acc must be contiguous, got strides \(1, 6\); call .contiguous\(\)",
+    "empty": "^rank 1: acc must have an element, got none",
+}
+
+
+def refused(rank, count, names):
+    """Make each bad call, and a good one afterwards."""
+    said = []
+    for name in names:
+        call = changed(name, rank)
+        before = call["acc"].clone()
+        try:
+            sparse_allreduce(call["acc"], call["k"], state=call["state"])
+            said.append("nothing")
+        except (InputError, FloatingPointError) as error:
+            said.append(f"{type(error).__name__} {error}")
+        same = torch.equal(call["acc"].to_dense().nan_to_num(7.0), before.to_dense().nan_to_num(7.0))
+        said.append(same and call["state"].step in (0, 3) and call["state"].local.value is None)
+        call = good()
+        said.append(sparse_allreduce(call["acc"], call["k"], state=call["state"]).tolist() == [0.0] * 8 + [27, 30, 33, 36])
+    return said
+
+
+def check(results, names):
+    assert all(said == results[0] for said in results)
+    for name, (said, untouched, works_again) in zip(names, zip(*[iter(results[0])] * 3, strict=True), strict=True):
+        if name in REFUSALS:
+            kind, sentence = said.split(" ", 1)
+            assert kind == "InputError", name
+            with pytest.raises(InputError, match=REFUSALS[name]):
+                raise InputError(sentence)
+            assert "\n" not in sentence
+        else:
+            assert said.startswith("FloatingPointError"), name
+            assert "nothing was sent or changed, leave this step out" in said
+        assert untouched is True, name
+        assert works_again is True, name
+
+
+NAMES = [*REFUSALS, "nan", "infinity"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_ranks_refuse_with_the_same_sentence(name):
+    check(threads.run(refused, COUNT, [name]), [name])
+
+
+def test_nobody_waits_in_a_process_group(ranks):
+    """All of them one after the other, over gloo: each ends on every rank, and the group can be used afterwards."""
+    check(ranks.run(refused, COUNT, NAMES, timeout_s=30), NAMES)
+
+
+def test_a_refusal_goes_before_what_is_not_finite():
+    assert all("k must be" in said[0] for said in threads.run(one_refuses_one_is_nan, 2))
+
+
+def one_refuses_one_is_nan(rank, count):
+    call = good()
+    call["acc"][0] = float("nan")
+    with pytest.raises(InputError) as caught:
+        sparse_allreduce(call["acc"], 1 if rank else 4, state=call["state"])
+    return [str(caught.value)]
+
+
+def test_alone_the_sentence_names_no_rank():
+    with pytest.raises(InputError, match=r"^k must be a whole number from the number of ranks, 1, on, got 0"):
+        sparse_allreduce(torch.ones(4), 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"threshold": "exakt"}, "there is no threshold='exakt'; did you mean exact"),
+        ({"cuts": "median"}, "there is no cuts='median'; valid are average, histogram"),
+        ({"owners": "remote"}, "no owners="),
+        ({"indices": "int16"}, "no indices='int16'; did you mean .*int32"),
+        ({"values": "float16"}, "no values='float16'; did you mean bfloat16"),
+        ({"threshold_every": 0}, "threshold_every must be 1 step or more, got 0"),
+        ({"repartition_every": 2.5}, r"repartition_every must be 1 step or more, got 2\.5"),
+    ],
+)
+def test_unknown_settings(settings, message):
+    with pytest.raises(InputError, match=message):
+        SparseAllreduceState(**settings)
+
+
+@pytest.mark.parametrize(
+    "state", [{}, {"step": "three"}, {"step": 1, "local_threshold": 0.1, "global_threshold": 0.1, "routings": [{"cut": []}]}]
+)
+def test_a_foreign_state_is_refused(state):
+    with pytest.raises(InputError, match="this is no state of a sparse allreduce"):
+        SparseAllreduceState().load_state_dict(state)
+
+
+def steps_until_it_fails(rank, count):
+    state = SparseAllreduceState()
+    acc = torch.zeros(1000)
+    try:
+        while True:
+            acc += torch.randn(1000)
+            sparse_allreduce(acc, 20, state=state)
+            progress("a step")
+            time.sleep(0.02)
+    except RuntimeError as error:
+        return type(error).__name__
+
+
+def test_a_lost_rank_ends_the_others(ranks):
+    """An error of the process group, within its timeout."""
+    with ranks.start(steps_until_it_fails, 3, timeout_s=10) as handle:
+        handle.wait_for("a step")
+        killed_at = time.monotonic()
+        handle.kill(1)
+        assert handle.join(30) == [0, -9, 0]
+        assert time.monotonic() - killed_at < 15
+        assert handle.result(0)
+        assert handle.result(2)

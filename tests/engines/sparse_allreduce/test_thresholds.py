@@ -1,0 +1,109 @@
+"""A threshold that is followed from step to step: near its aim while gradients change, and never above the budget."""
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_plugins.engines.sparse_allreduce import SparseAllreduceState, sparse_allreduce
+from lightning_plugins.engines.sparse_allreduce.threshold import FASTEST, Threshold
+from tests.engines.sparse_allreduce import threads
+
+SIZE, K, STEPS = 20_000, 200, 80
+
+
+def follow(rank, count, settings, growth, tail):
+    """Return what was selected, here and in all, over k, at each step of gradients that grow or shrink."""
+    state = SparseAllreduceState(**settings)
+    generator = np.random.default_rng(rank)
+    acc = torch.zeros(SIZE)
+    shares = []
+    for step in range(STEPS):
+        gradient = generator.standard_normal(SIZE) if tail == "normal" else generator.standard_t(3, SIZE)
+        acc += torch.from_numpy((gradient * growth**step).astype(np.float32))
+        update = sparse_allreduce(acc, K, state=state)
+        report = state.report
+        assert report.selected <= K
+        assert report.selected_globally == int(update.count_nonzero()) <= K
+        assert report.most_selected <= K
+        assert report.candidates >= report.selected
+        shares.append((report.selected / K, report.selected_globally / K))
+    return np.array(shares)
+
+
+@pytest.mark.parametrize("tail", ["normal", "heavy"])
+@pytest.mark.parametrize("growth", [0.98, 1.0, 1.02])
+def test_the_servo_stays_in_its_band(growth, tail):
+    """One exact step at the start, then 79 by the servo, while gradients become five times as large or small, or stay."""
+    for shares in threads.run(follow, 2, {"threshold": "servo", "threshold_every": 10_000}, growth, tail):
+        assert shares[5:].min() > 0.4
+        assert shares[5:].mean() > 0.85
+
+
+def test_a_reused_threshold_does_not():
+    """Which shows that the band above asks for something: everything that error feedback piles up comes to be above it."""
+    candidates = threads.run(count_candidates, 2, "reused")[0]
+    assert candidates[-1] > 20 * K
+    assert threads.run(count_candidates, 2, "servo")[0][-1] < 4 * K
+
+
+def count_candidates(rank, count, threshold):
+    state = SparseAllreduceState(threshold=threshold, threshold_every=10_000)
+    acc = torch.zeros(SIZE)
+    found = []
+    for step in range(STEPS):
+        acc += torch.randn(SIZE, generator=torch.Generator().manual_seed(step * count + rank))
+        sparse_allreduce(acc, K, state=state)
+        found.append(state.report.candidates)
+    return found
+
+
+@pytest.mark.parametrize("settings", [{"threshold": "sampled"}, {"threshold": "exact"}, {"threshold_every": 7}])
+def test_the_others_keep_the_budget_too(settings):
+    for shares in threads.run(follow, 2, settings, 0.98, "normal"):
+        assert shares[:, 0].min() > 0.5
+        assert shares.max() <= 1.0
+
+
+def test_exact_steps_come_when_they_are_due():
+    state = SparseAllreduceState(threshold_every=4)
+    exact = []
+    for _ in range(10):
+        sparse_allreduce(torch.randn(50), 5, state=state)
+        exact.append(state.report.exact)
+    assert exact == [step % 4 == 0 for step in range(10)]
+
+
+def test_a_step_moves_no_faster_than_twice():
+    large = 10**9
+    for count, budget, factor in ((0, large, 1 / FASTEST), (1, large, 1 / FASTEST), (large, 100, FASTEST), (95, 100, 1.0)):
+        threshold = Threshold(3.0)
+        threshold.follow(count, budget)
+        assert threshold.value == pytest.approx(3.0 * factor, rel=1e-12)
+    for threshold, budget in ((Threshold(None), 10), (Threshold(2.0), 0)):
+        before = threshold.value
+        threshold.follow(5, budget)
+        assert threshold.value == before
+
+
+def resumed(rank, count, at):
+    """Return updates of a run, of one that goes on from its saved state, and of one that forgets its thresholds."""
+    state, generator = SparseAllreduceState(threshold_every=8, repartition_every=5), np.random.default_rng(rank)
+    gradients = [torch.from_numpy(generator.standard_t(3, 500).astype(np.float32)) for _ in range(12)]
+    acc, updates, saved = torch.zeros(500), [], None
+    for step, gradient in enumerate(gradients):
+        if step == at:
+            saved = (acc.clone(), state.state_dict())
+        acc += gradient
+        updates.append(sparse_allreduce(acc, 20, state=state))
+    acc, state = saved[0], SparseAllreduceState(threshold_every=8, repartition_every=5)
+    state.load_state_dict(saved[1])
+    again = []
+    for gradient in gradients[at:]:
+        acc += gradient
+        again.append(sparse_allreduce(acc, 20, state=state))
+    return all(torch.equal(a, b) for a, b in zip(updates[at:], again, strict=True)), state.step
+
+
+@pytest.mark.parametrize("at", [1, 5, 8, 11])
+def test_a_saved_state_goes_on_with_the_same_bits(at):
+    assert threads.run(resumed, 3, at) == [(True, 12)] * 3
