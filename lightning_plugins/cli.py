@@ -73,7 +73,6 @@ def _report(error: Exception, debug: bool) -> int:
 def _run(arguments: list[str]) -> int:
     own, word, options = split_run(arguments)
     given = run_parser().parse_args(own)
-    launch = torchrun_options(given)
     from lightning_plugins.recipes.targets import choose_yaml_namespace, find_target
 
     if given.resume:
@@ -87,6 +86,9 @@ def _run(arguments: list[str]) -> int:
         )
     else:
         target = find_target(word)
+    if given.nproc_per_node is None and target.nproc_per_node > 1:
+        given.nproc_per_node = str(target.nproc_per_node)
+    launch = torchrun_options(given)
     if target.is_script:
         from lightning_plugins.recipes.launching import run_script
 

@@ -28,6 +28,7 @@ SHORT = {
     "panoramic_depth": "--data.train_rooms 8 --data.val_rooms 2 --data.test_rooms 2 --teacher_epochs 1 --trainer.max_epochs 1 "
     "--wandb disabled",
     "precondition_compare": "--methods '[adamw, kfac]' --steps 6 --trials 1 --wandb disabled",
+    "ok_topk_compare": "--tasks '[character_transformer]' --steps 4 --wandb disabled",
 }
 
 

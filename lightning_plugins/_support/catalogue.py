@@ -33,6 +33,8 @@ def describe(name: str) -> str:
         recipe = RECIPES[name]
         knobs = (PACKAGE / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
         head = f"{name}: {recipe.summary}\n\nlightning run {name}\nlightning cp {name} FILE"
+        if recipe.nproc_per_node > 1:
+            head += f"\n\nIt starts {recipe.nproc_per_node} processes; --nproc-per-node N starts another number."
         return "\n\n".join([head, knobs.rstrip(), _card(recipe.card)])
     if name not in METHODS:
         raise InputError(f"there is no {name!r}; {nearest(name, [*METHODS, *RECIPES])}")

@@ -25,10 +25,17 @@ class Method:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One recipe: a YAML of knobs, and a script of the same name where there are several phases."""
+    """One recipe: a YAML of knobs, and a script of the same name where there are several phases.
+
+    Attributes:
+        summary: its use in one line.
+        card: the page under ``docs/methods``, without ending.
+        nproc_per_node: processes on each machine, where ``--nproc-per-node`` does not say how many.
+    """
 
     summary: str
     card: str
+    nproc_per_node: int = 1
 
 
 _DEPTH = "lightning_plugins.models.panoramic_depth.module"
@@ -78,4 +85,7 @@ METHODS: dict[str, Method] = {
 RECIPES: dict[str, Recipe] = {
     "panoramic_depth": Recipe("train a panoramic depth model on rendered rooms and run it on photographs", "panoramic_depth"),
     "precondition_compare": Recipe("train one small net with AdamW, SGD and every method of Preconditioner", "preconditioner"),
+    "ok_topk_compare": Recipe(
+        "train a small CNN and a character model on two processes, densely, with Ok-Topk and with PowerSGD", "ok_topk", 2
+    ),
 }

@@ -1,9 +1,7 @@
 """One trial of a comparison under a Lightning Trainer: the task as a module, and the callback that measures it."""
 
-import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,10 +13,11 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_plugins import Preconditioner
-from lightning_plugins._lightning import NAMESPACE, Callback, LightningModule, Trainer
+from lightning_plugins._lightning import Callback, LightningModule, Trainer
 from lightning_plugins._support.errors import InputError, nearest
 from lightning_plugins.recipes.comparison_tasks import TASKS, Batch, Task
 from lightning_plugins.recipes.comparison_trials import FIRST_ORDER, Trial
+from lightning_plugins.recipes.quiet import quiet
 from lightning_plugins.recipes.refusals import fit_refusals
 
 # A trial ends when its loss is so many times that before the first step.
@@ -149,7 +148,7 @@ def run_trial(
     preconditioner = None if trial.method in FIRST_ORDER else Preconditioner(trial.method, **trial.options())
     record = Record(trial)
     measure = Measure(record, every, advance)
-    with _quiet(), _one_thread():
+    with quiet(), _one_thread():
         trainer = make_trainer([measure] if preconditioner is None else [preconditioner, measure])
         with fit_refusals(trainer):
             trainer.fit(contestant)
@@ -165,19 +164,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what Lightning says of each Trainer off the screen: there are dozens of them."""
-    loggers = [logging.getLogger(name) for name in (NAMESPACE, "lightning_utilities")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=NAMESPACE.partition(".")[0])
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -10,7 +10,7 @@ from lightning_plugins._support.errors import InputError, nearest
 
 # Options of `lightning run` that torchrun's agent takes as they are: metavar, help.
 LAUNCH_OPTIONS = {
-    "--nproc-per-node": ("N", "processes on this machine, or gpu: one for each GPU (default 1)"),
+    "--nproc-per-node": ("N", "processes on this machine, or gpu: one for each GPU (default 1, or the recipe's)"),
     "--nnodes": ("N", "machines, or MIN:MAX for a run that shrinks and grows (default 1)"),
     "--max-restarts": ("N", "how often the ranks are started again after a failure (default 0)"),
     "--node-rank": ("N", "this machine's number, for the static rendezvous"),

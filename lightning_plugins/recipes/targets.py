@@ -47,6 +47,12 @@ class Target:
         """The name of its runs' folder."""
         return self.file.stem if self.file else self.given
 
+    @property
+    def nproc_per_node(self) -> int:
+        """Processes that it starts on each machine where nobody says how many: a recipe may need several."""
+        name = self.recipe.rpartition(".")[2] if self.recipe else self.given
+        return RECIPES[name].nproc_per_node if name in RECIPES else 1
+
 
 def resumed_target(recorded: str, saved: Path) -> tuple[Target, bool]:
     """Return what a run goes on with, and whether that holds the run's options already.

@@ -14,17 +14,20 @@ SITE = """
 from lightning_plugins import recipes
 from lightning_plugins._support.methods import RECIPES, Recipe
 recipes.__path__.append({folder!r})
-RECIPES["tiny"] = Recipe("a recipe for tests", "tiny")
+RECIPES["tiny"] = Recipe("a recipe for tests", "tiny", {processes})
 """
 
 
-def command(folder, *words, recipe=None):
-    """Return the command line for `lightning WORDS`; ``recipe`` is the source of a recipe called ``tiny``."""
+def command(folder, *words, recipe=None, processes=1):
+    """Return the command line for `lightning WORDS`; ``recipe`` is the source of a recipe called ``tiny``.
+
+    It starts ``processes`` where nobody says how many.
+    """
     if recipe is not None:
         site = folder / "site"
         site.mkdir(exist_ok=True)
         (site / "tiny.py").write_text(recipe)
-        (site / "sitecustomize.py").write_text(SITE.format(folder=str(site)))
+        (site / "sitecustomize.py").write_text(SITE.format(folder=str(site), processes=processes))
     return [sys.executable, "-m", "lightning_plugins.cli", *map(str, words)]
 
 
@@ -34,10 +37,10 @@ def environment(folder, **changes):
     return {**kept, "PYTHONPATH": f"{folder / 'site'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1", **changes}
 
 
-def lightning(folder, *words, recipe=None, **changes):
+def lightning(folder, *words, recipe=None, processes=1, **changes):
     """Run `lightning WORDS` in ``folder`` and return the finished process."""
     return subprocess.run(
-        command(folder, *words, recipe=recipe),
+        command(folder, *words, recipe=recipe, processes=processes),
         cwd=folder,
         capture_output=True,
         text=True,

@@ -3,6 +3,7 @@
 import os
 import signal
 
+import pytest
 import yaml
 
 from tests.recipes.parts import write_parts
@@ -30,6 +31,29 @@ def test_two_ranks_share_one_folder_and_started_again_go_on_after_the_last_epoch
     }, "world size, devices, first epoch and step of each rank and attempt"
     saved = yaml.safe_load((path / "config.yaml").read_text())
     assert (saved["trainer"]["devices"], saved["trainer"]["num_nodes"]) == (2, 1)
+
+
+COUNTED = """
+import os
+def main(options, run, resume):
+    (run.path / f"rank-{os.environ.get('RANK')}").write_text(os.environ.get("WORLD_SIZE", "1"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "seen"),
+    [
+        ((), {"rank-0": "2", "rank-1": "2"}),
+        (("--max-restarts", "1"), {"rank-0": "2", "rank-1": "2"}),
+        (("--nproc-per-node", "1"), {"rank-None": "1"}),
+    ],
+)
+def test_a_recipe_that_needs_two_processes_starts_them_unless_told_otherwise(tmp_path, words, seen):
+    (tmp_path / "mine.yaml").write_text("recipe: tiny\n")
+    target = "mine" if words else "tiny"  # a copy of its YAML starts as many
+    done = lightning(tmp_path, "run", "mine.yaml" if words else "tiny", *words, recipe=COUNTED, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_text() for path in only_run(tmp_path, target).glob("rank-*")} == seen
 
 
 REFUSAL = """

@@ -118,7 +118,7 @@ class Branches(Net):
         x = self.batch(batch_idx)
         hidden = torch.tanh(self.layers[0](x))
         if batch_idx % 2 == 0:
-            hidden = hidden + torch.tanh(self.branch(x))
+            hidden = hidden + 5 * torch.tanh(self.branch(x))
         return self.layers[4](torch.tanh(self.layers[2](hidden))).square().mean() - hidden.mean()
 
     def on_train_batch_end(self, outputs, batch, batch_idx):

@@ -35,6 +35,9 @@ def test_info_shows_the_signature_and_a_line_for_each_option(name):
 def test_info_of_a_recipe_shows_its_knobs_and_a_copy_says_whose_it_is(name, tmp_path):
     shipped = (PACKAGE / "recipes" / f"{name}.yaml").read_text()
     assert shipped.rstrip() in describe(name)
+    several = RECIPES[name].nproc_per_node
+    assert ("It starts" in describe(name)) == (several > 1)
+    assert several == 1 or f"It starts {several} processes; --nproc-per-node" in describe(name)
     assert re.search(rf"^recipe: {name}$", shipped, re.MULTILINE), "a copy must name the recipe whose script runs it"
     copy_recipe(name, tmp_path / "mine.yaml")
     assert (tmp_path / "mine.yaml").read_text() == shipped

@@ -52,7 +52,7 @@ def choose(values: Tensor, threshold: float | None, budget: int, order: list[int
     choice = None if threshold is None else reached(values, threshold, exchange)
     if choice is not None and choice.candidates <= budget:
         return choice
-    magnitudes = values.abs()
+    magnitudes = values.abs() if choice is None else torch.where(choice.kept, values.abs(), 0)
     exact = kth_largest(magnitudes, budget, exchange) if budget > 0 else float("inf")
     above, ties = magnitudes > exact, (magnitudes == exact) & (magnitudes > 0)
     rows = exchange.all_gather_integers([int(above.sum()), int(ties.sum())], "counts")

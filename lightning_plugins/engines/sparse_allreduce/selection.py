@@ -75,7 +75,7 @@ def sampled_threshold(acc: Tensor, k: float, step: int = 0) -> float:
     stride = max(1, len(acc) // SAMPLE)
     sample = acc[step % stride :: stride].abs()
     rank = min(len(sample), max(1, round(k * len(sample) / len(acc))))
-    return float(sample.kthvalue(len(sample) - rank + 1).values)
+    return _kth_largest(sample, rank)
 
 
 def largest(acc: Tensor, k: int) -> tuple[Tensor, float]:
@@ -106,8 +106,15 @@ def trim(indices: Tensor, values: Tensor, k: int) -> tuple[Tensor, float]:
     magnitudes = values.abs()
     if len(indices) <= k:
         return indices, float(magnitudes.min())
-    threshold = magnitudes.kthvalue(len(magnitudes) - k + 1).values
+    threshold = _kth_largest(magnitudes, k)
     kept = magnitudes > threshold
     ties = (magnitudes == threshold).nonzero().flatten()
     kept[ties[: k - int(kept.sum())]] = True
-    return indices[kept], float(threshold)
+    return indices[kept], threshold
+
+
+def _kth_largest(magnitudes: Tensor, k: int) -> float:
+    if magnitudes.device.type == "cpu":  # numpy's is several times as fast as torch's on one core
+        place = len(magnitudes) - k
+        return float(np.partition(magnitudes.numpy(), place)[place])
+    return float(magnitudes.kthvalue(len(magnitudes) - k + 1).values)

@@ -45,13 +45,13 @@ def test_positions_are_whole_numbers(code):
 
 def far_away(rank, count):
     acc = torch.zeros(FAR + 64)
-    acc[[0, FAR + 1, FAR + 33]] = 1.0 + rank
+    acc[[0, FAR + 1, FAR + 33, FAR + 35]] = 1.0 + rank  # the cut stands before the third, the second is far within its region
     update = sparse_allreduce(acc, 8, state=SparseAllreduceState(indices="int32", cuts="average", owners="rank"))
     return update.nonzero().flatten().tolist(), int(acc.count_nonzero())
 
 
 def test_a_long_vector_arrives_where_it_was():
-    assert threads.run(far_away, 2) == [([0, FAR + 1, FAR + 33], 0)] * 2
+    assert threads.run(far_away, 2) == [([0, FAR + 1, FAR + 33, FAR + 35], 0)] * 2
 
 
 def cut_far_away(rank, count, size):

@@ -20,7 +20,7 @@ def good():
 def changed(name, rank):
     """Return the arguments of a bad call, and which ranks make the mistake."""
     call = good()
-    strange = rank == 1
+    strange = rank == 2
     if name == "k on all ranks" or (name == "k on one rank" and strange):
         call["k"] = 2
     elif name == "k is no integer" and strange:
@@ -55,20 +55,20 @@ def changed(name, rank):
 
 
 REFUSALS = {
-    "k on one rank": "^rank 1: k must be a whole number from the number of ranks, 3, on, got 2; send more",
+    "k on one rank": "^rank 2: k must be a whole number from the number of ranks, 3, on, got 2; send more",
     "k on all ranks": "rank 0: k must be .*got 2.*; rank 1: .*; rank 2: ",
-    "k is no integer": r"^rank 1: k must be a whole number .*got 4\.0",
-    "another k": "^the ranks must agree in k: rank 0 has 4, rank 1 has 5; give all ranks the same",
-    "another size": "agree in elements: rank 0 has 12, rank 1 has 11",
-    "another step": "agree in step: rank 0 has 0, rank 1 has 3",
-    "other indices": "agree in indices: rank 0 has auto, rank 1 has bitmap",
-    "another interval": "agree in threshold_every: rank 0 has 32, rank 1 has 5",
-    "sparse": r"^rank 1: acc must be dense, got torch.sparse_coo; call .to_dense\(\)",
-    "half": "^rank 1: acc must be float32 or float64, got torch.float16; keep residuals in float32",
+    "k is no integer": r"^rank 2: k must be a whole number .*got 4\.0",
+    "another k": "^the ranks must agree in k: rank 0 has 4, rank 2 has 5; give all ranks the same",
+    "another size": "agree in elements: rank 0 has 12, rank 2 has 11",
+    "another step": "agree in step: rank 0 has 0, rank 2 has 3",
+    "other indices": "agree in indices: rank 0 has auto, rank 2 has bitmap",
+    "another interval": "agree in threshold_every: rank 0 has 32, rank 2 has 5",
+    "sparse": r"^rank 2: acc must be dense, got torch.sparse_coo; call .to_dense\(\)",
+    "half": "^rank 2: acc must be float32 or float64, got torch.float16; keep residuals in float32",
     "bfloat16": "rank 2: acc must be float32 or float64, got torch.bfloat16",
-    "integers": "^rank 1: acc must be float32 or float64, got torch.int64",
-    "not contiguous": r"^rank 1: acc must be contiguous, got strides \(1, 6\); call .contiguous\(\)",
-    "empty": "^rank 1: acc must have an element, got none",
+    "integers": "^rank 2: acc must be float32 or float64, got torch.int64",
+    "not contiguous": r"^rank 2: acc must be contiguous, got strides \(1, 6\); call .contiguous\(\)",
+    "empty": "^rank 2: acc must have an element, got none",
 }
 
 
