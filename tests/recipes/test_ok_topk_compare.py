@@ -127,7 +127,7 @@ def test_tasks_are_the_same_bits_for_the_same_seed_and_can_be_learnt(name):
         loss = first.task.loss(first.network(batch[0]), batch[1])
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
 
 

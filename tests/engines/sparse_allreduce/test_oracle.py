@@ -49,7 +49,7 @@ def test_equals_the_computation_on_one_process(count):
     check(cases, count, threads.run(play, count, cases))
 
 
-@pytest.mark.parametrize(("count", "steps"), [(2, 12), (5, 6)])
+@pytest.mark.parametrize(("count", "steps"), [(2, 12), (4, 6)])
 @pytest.mark.parametrize("threshold", ["exact", "reused", "servo", "sampled"])
 def test_over_several_steps(count, steps, threshold):
     settings = {"threshold": threshold, "threshold_every": 5, "repartition_every": 3}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_plugins.engines.sparse_allreduce import exchange, rivals
 
-PATIENCE_S = 60.0
+PATIENCE_S = 20.0
 
 
 class Transfer(NamedTuple):
