@@ -1,6 +1,7 @@
 """The ranks' side of ``ok_topk_convergence.py``: two tasks, and training with every way to reduce gradients."""
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,6 @@ from lightning_plugins.recipes.comparison_tasks import Batch, Task, character_tr
 DENSITY, MOMENTUM, THRESHOLD_EVERY, POWER_RANK = 0.01, 0.9, 32, 2
 DENSE_SHARE, WARM_UP_SHARE = 0.1, 0.1  # of all steps
 GLOBAL_BATCH = 32
-EVALUATIONS = 5
 CLASSES, NOISE = 10, 0.4
 OK_TOPK = {"indices": "delta16", "values": "bfloat16", "threshold_every": THRESHOLD_EVERY}
 
@@ -38,6 +38,7 @@ class Job:
         rate: peak learning rate.
         steps: optimizer steps.
         watched: whether the conservation of mass is checked at every step.
+        evaluations: on the held-out set.
     """
 
     task: str
@@ -46,6 +47,7 @@ class Job:
     rate: float
     steps: int
     watched: bool = False
+    evaluations: int = 5
 
 
 @dataclass
@@ -55,16 +57,23 @@ class Outcome:
     Attributes:
         losses: on the held-out set, by step.
         accuracies: likewise.
-        mass_error: largest entry of ``gradients + residuals before - update - residuals after``, over the largest of the sum
-            before; of a watched run.
+        seconds: of training, evaluations left out, by step.
+        mass_errors: by sparse step, largest entry of ``gradients + residuals before - update - residuals after``, over the
+            largest of the sum before; of a watched run.
         sent_kb: of rank 0 in a sparse step, where bytes are counted.
     """
 
     job: Job
     losses: dict[int, float] = field(default_factory=dict)
     accuracies: dict[int, float] = field(default_factory=dict)
-    mass_error: float | None = None
+    seconds: dict[int, float] = field(default_factory=dict)
+    mass_errors: dict[int, float] = field(default_factory=dict)
     sent_kb: float | None = None
+
+    @property
+    def mass_error(self) -> float | None:
+        """The largest of any step, or None where none was looked at."""
+        return max(self.mass_errors.values(), default=None)
 
 
 def gratings(seed: int) -> Task:
@@ -145,12 +154,11 @@ class Sparse:
         self.state = SparseAllreduceState(**settings)
         self.acc = torch.zeros(elements)
         self.k = round(DENSITY * elements)
-        self.mass_error = 0.0
         self.steps = 0
         self._reduce, self._feedback, self._defective = reduce, feedback, defective
 
-    def __call__(self, gradient: Tensor, watched: bool) -> Tensor:
-        """Return the sum over the ranks of what was chosen."""
+    def __call__(self, gradient: Tensor, step: int, watcher: Outcome | None) -> Tensor:
+        """Return the sum over the ranks of what was chosen, and tell a watcher of the step."""
         self.acc += gradient
         before = self.acc.clone()
         exact = self.state.due
@@ -159,11 +167,11 @@ class Sparse:
             self.acc.copy_(before)
         if not self._feedback:
             self.acc.zero_()
-        if watched:
+        if watcher is not None:
             masses = torch.stack([before.double() - self.acc.double(), before.double()])
             dist.all_reduce(masses)
             error = (masses[0] - update.double()).abs().max() / masses[1].abs().max()
-            self.mass_error = max(self.mass_error, float(error))
+            watcher.mass_errors[step] = float(error)
         self.steps += 1
         return update
 
@@ -203,6 +211,7 @@ def train(rank: int, ranks: int, job: Job) -> Outcome:
         trained = nn.parallel.DistributedDataParallel(module, bucket_cap_mb=1000)
         state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=POWER_RANK, start_powerSGD_iter=dense_steps)
         trained.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    taken_s, start_s = 0.0, time.perf_counter()
     for step in range(job.steps):
         inputs, targets = (part[rank::ranks] for part in task.batch(step))
         optimizer.zero_grad()
@@ -213,7 +222,7 @@ def train(rank: int, ranks: int, job: Job) -> Outcome:
                 dist.all_reduce(gradient)
             else:
                 try:
-                    gradient = sparse(gradient, job.watched)
+                    gradient = sparse(gradient, step, outcome if job.watched else None)
                 except FloatingPointError:  # on all ranks at once: the run has diverged, and ends as such
                     outcome.losses[job.steps], outcome.accuracies[job.steps] = math.inf, 0.0
                     break
@@ -221,10 +230,12 @@ def train(rank: int, ranks: int, job: Job) -> Outcome:
                 parameter.grad.copy_(part.view_as(parameter)).div_(ranks)
         optimizer.step()
         schedule.step()
-        if (step + 1) % max(1, job.steps // EVALUATIONS) == 0 or step + 1 == job.steps:
+        if (step + 1) % max(1, job.steps // job.evaluations) == 0 or step + 1 == job.steps:
+            taken_s += time.perf_counter() - start_s
+            outcome.seconds[step + 1] = taken_s
             outcome.losses[step + 1], outcome.accuracies[step + 1] = evaluate(module, task, rank, ranks)
+            start_s = time.perf_counter()
     if sparse is not None:
-        outcome.mass_error = sparse.mass_error if job.watched else None
         outcome.sent_kb = 1e-3 * sparse.state.traffic.total_bytes()[0] / max(1, sparse.steps)
     return outcome
 

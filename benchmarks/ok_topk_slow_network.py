@@ -142,8 +142,7 @@ def main() -> None:
     with real_ranks() as ranks, Hosts(RANKS) as hosts:
         placed = hosts.place(*range(RANKS))
         for part in given.parts:
-            unshaped: list[float | None] = [None] if part == "collective" else []
-            plan = Plan(placed, [*given.bandwidths, *unshaped], given.seconds, 32)
+            plan = Plan(placed, [*given.bandwidths, None], given.seconds, 32)
             if given.tiny:
                 plan = Plan(placed, [100.0, 1000.0], 0.2, 4, 1 << 16, (32, 2, 16, 2))
             measured = ranks.run(PARTS[part], RANKS, plan, hosts=placed, timeout_s=900)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_plugins.engines.sparse_allreduce.exchange import Exchange
+from lightning_plugins.engines.sparse_allreduce.selection import count_reaching
+from lightning_plugins.engines.sparse_allreduce.threshold import PROBE
 
 DIGIT_BITS = 8
 
@@ -24,19 +26,22 @@ class GlobalChoice:
         counts: how many of each rank are.
         threshold: the least magnitude among them, or what was asked for.
         candidates: entries that reached the threshold, before the budget cut some off.
+        beyond: those of them that reached ``PROBE`` times the threshold.
     """
 
     kept: Tensor
     counts: list[int]
     threshold: float
     candidates: int
+    beyond: int
 
 
 def reached(values: Tensor, threshold: float, exchange: Exchange) -> GlobalChoice:
     """Return all entries of at least a magnitude; zeros are never among them."""
     kept = (values.abs() >= threshold) & (values != 0)
-    counts = [count for (count,) in exchange.all_gather_integers([int(kept.sum())], "counts")]
-    return GlobalChoice(kept, counts, threshold, sum(counts))
+    rows = exchange.all_gather_integers([int(kept.sum()), count_reaching(values, PROBE * threshold)], "counts")
+    counts = [count for count, _ in rows]
+    return GlobalChoice(kept, counts, threshold, sum(counts), sum(beyond for _, beyond in rows))
 
 
 def choose(values: Tensor, threshold: float | None, budget: int, order: list[int], exchange: Exchange) -> GlobalChoice:
@@ -55,17 +60,20 @@ def choose(values: Tensor, threshold: float | None, budget: int, order: list[int
     magnitudes = values.abs() if choice is None else torch.where(choice.kept, values.abs(), 0)
     exact = kth_largest(magnitudes, budget, exchange) if budget > 0 else float("inf")
     above, ties = magnitudes > exact, (magnitudes == exact) & (magnitudes > 0)
-    rows = exchange.all_gather_integers([int(above.sum()), int(ties.sum())], "counts")
-    left = max(0, budget - sum(greater for greater, _ in rows))
+    row = [int(above.sum()), int(ties.sum()), count_reaching(values, PROBE * exact)]
+    rows = exchange.all_gather_integers(row, "counts")
+    left = max(0, budget - sum(greater for greater, _, _ in rows))
     counts = [0] * exchange.ranks
     for rank in order:
-        greater, equal = rows[rank]
+        greater, equal, _ = rows[rank]
         taken = min(equal, left)
         left -= taken
         counts[rank] = greater + taken
     kept = above
     kept[ties.nonzero().flatten()[: counts[exchange.rank] - rows[exchange.rank][0]]] = True
-    return GlobalChoice(kept, counts, exact, sum(counts) if choice is None else choice.candidates)
+    if choice is not None:
+        return GlobalChoice(kept, counts, exact, choice.candidates, choice.beyond)
+    return GlobalChoice(kept, counts, exact, sum(counts), sum(beyond for _, _, beyond in rows))
 
 
 def kth_largest(magnitudes: Tensor, k: int, exchange: Exchange) -> float:

@@ -115,15 +115,13 @@ def split_and_reduce(
     with traffic.timing("split_and_reduce"):
         lengths = [wire.message_bytes(header, span) for header in incoming]
         parts = exchange.all_to_all_bytes(messages, lengths, "split_and_reduce")
-        sums = torch.zeros(span, dtype=values.dtype, device=values.device)
-        touched = torch.zeros(span, dtype=torch.bool, device=values.device)
-        for header, part in zip(incoming, parts, strict=True):
-            places, arrived = wire.decode(header, part, 0, span)
-            sums[places] += arrived  # no place twice in one message: the order of the sources is the order of the sum
-            touched[places] = True
-        places = touched.nonzero().flatten()
+        decoded = [wire.decode(header, part, start, span) for header, part in zip(incoming, parts, strict=True)]
+        places, among = torch.unique(torch.cat([of_source for of_source, _ in decoded]), return_inverse=True)
+        sums = torch.zeros(len(places), dtype=values.dtype, device=values.device)
+        for of_source, (_, arrived) in zip(among.split([len(arrived) for _, arrived in decoded]), decoded, strict=True):
+            sums[of_source] += arrived  # no place twice in one message: the order of the sources is the order of the sum
     received = sum(wire.entries(header) for rank, header in enumerate(incoming) if rank != exchange.rank)
-    return Summed(places + start, sums[places], most_received, received)
+    return Summed(places, sums, most_received, received)
 
 
 def _prepare(

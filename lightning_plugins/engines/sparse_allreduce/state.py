@@ -17,8 +17,10 @@ class Report:
     Attributes:
         selected: entries that this rank sent or kept for its own region.
         candidates: entries that reached its threshold, before the budget.
+        beyond: those of them that reached ``threshold.PROBE`` times as much.
         selected_globally: entries of the result.
         candidates_globally: reduced entries that reached the global threshold, before the budget.
+        beyond_globally: those of them that reached ``threshold.PROBE`` times as much.
         most_selected: of any rank.
         most_received: entries that the busiest owner got from others in split-and-reduce.
         exact: whether the thresholds were computed exactly.
@@ -27,8 +29,10 @@ class Report:
 
     selected: int = 0
     candidates: int = 0
+    beyond: int = 0
     selected_globally: int = 0
     candidates_globally: int = 0
+    beyond_globally: int = 0
     most_selected: int = 0
     most_received: int = 0
     exact: bool = False
@@ -87,8 +91,8 @@ class SparseAllreduceState:
         """Return thresholds, cuts and counters, plain values all."""
         return {
             "step": self.step,
-            "local_threshold": self.local.value,
-            "global_threshold": self.overall.value,
+            "local_threshold": asdict(self.local),
+            "global_threshold": asdict(self.overall),
             "routings": [asdict(routing) for routing in self.routings],
         }
 
@@ -100,7 +104,7 @@ class SparseAllreduceState:
         """
         try:
             self.step = int(state["step"])
-            self.local, self.overall = Threshold(state["local_threshold"]), Threshold(state["global_threshold"])
+            self.local, self.overall = Threshold(**state["local_threshold"]), Threshold(**state["global_threshold"])
             self.routings = [Routing(**routing) for routing in state["routings"]]
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"this is no state of a sparse allreduce ({error}); give what state_dict returned") from error

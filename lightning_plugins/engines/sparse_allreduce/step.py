@@ -16,8 +16,9 @@ from lightning_plugins.engines.sparse_allreduce.agreement import FINE, NOT_FINIT
 from lightning_plugins.engines.sparse_allreduce.exchange import Exchange
 from lightning_plugins.engines.sparse_allreduce.global_threshold import GlobalChoice, choose, reached
 from lightning_plugins.engines.sparse_allreduce.reduction import Routing, balance_and_allgather, split_and_reduce
-from lightning_plugins.engines.sparse_allreduce.selection import largest, sampled_threshold, select, trim
+from lightning_plugins.engines.sparse_allreduce.selection import count_reaching, largest, sampled_threshold, select, trim
 from lightning_plugins.engines.sparse_allreduce.state import Report, SparseAllreduceState
+from lightning_plugins.engines.sparse_allreduce.threshold import PROBE
 from lightning_plugins.engines.sparse_allreduce.wire import Wire
 
 
@@ -139,9 +140,9 @@ class SparseStep:
                 self.acc[sent.chosen[hit]] = sent.kept_back[hit]
                 self.acc[sent.owned] += sent.owner_kept_back
         state.local.value, state.overall.value = self._thresholds
-        if not self.exact and settings.threshold != "reused":
-            state.local.follow(report.candidates, self.k)
-            state.overall.follow(report.candidates_globally, self.k)
+        if settings.threshold != "reused":
+            state.local.follow(report.candidates, report.beyond, self.k)
+            state.overall.follow(report.candidates_globally, report.beyond_globally, self.k)
         state.step += 1
 
     def _select(self, parts: Sequence[tuple[int, int]], unused: Sequence[tuple[int, int]]) -> Tensor:
@@ -159,15 +160,18 @@ class SparseStep:
             chosen, local = largest(acc[first : parts[-1][1]], self.k)
             self._thresholds = (local, overall)
             self.report.candidates = self.report.selected = len(chosen)
+            self.report.beyond = count_reaching(acc[chosen + first], PROBE * local)
             return chosen + first
         assert local is not None
         self._thresholds = (local, overall)
         found = []
         for start, end in parts:
             chosen = select(acc[start:end], local)
+            values = acc[start:end][chosen]
             self.report.candidates += len(chosen)
+            self.report.beyond += count_reaching(values, PROBE * local)
             if len(chosen) > (left := self.k - self.report.selected):
-                chosen = trim(chosen, acc[start:end][chosen], left)[0]
+                chosen = trim(chosen, values, left)[0]
             self.report.selected += len(chosen)
             found.append(chosen + start)
         return torch.cat(found)
@@ -195,6 +199,7 @@ class SparseStep:
             return places[:0], final[:0]
         self.report.selected_globally += sum(choice.counts)
         self.report.candidates_globally += choice.candidates
+        self.report.beyond_globally += choice.beyond
         self._sent.append(_Sent(chosen, self.acc[chosen] - values, owned, sums - rounded, places, final))
         return places, final
 
@@ -215,4 +220,4 @@ class SparseStep:
             kept.append(chosen.kept)
             counts = [before + more for before, more in zip(counts, chosen.counts, strict=True)]
             left -= sum(chosen.counts)
-        return GlobalChoice(torch.cat(kept), counts, threshold, choice.candidates)
+        return GlobalChoice(torch.cat(kept), counts, threshold, choice.candidates, choice.beyond)

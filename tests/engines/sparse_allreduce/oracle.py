@@ -4,6 +4,7 @@ Nothing here knows of regions, messages or codes: the selection sorts, the sum g
 final set is sorted again. Only where rounding errors go depends on who owns a position, which is asked of the ranks then.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +12,25 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.floating]
 
-GAIN, FASTEST, AIM = 1 / 20, 2.0, 0.95
+PROBE, AIM = 1.05, 0.92
+
+
+@dataclass
+class Followed:
+    """How a threshold has moved: change of log(threshold) for a change of log(count), and from step to step."""
+
+    tail: float = 0.05
+    drift: float = 0.0
+
+    def next(self, threshold: float, reaching: Floats, budget: int) -> float:
+        """Return the threshold of the next step, from the values that have reached this one."""
+        count, beyond = len(reaching), int((np.abs(reaching) >= reaching.dtype.type(PROBE * threshold)).sum())
+        if count >= 16:
+            slope = math.log(count / beyond) if beyond else math.log(count)
+            self.tail = (self.tail + min(0.5, max(0.01, math.log(PROBE) / max(slope, 1e-6)))) / 2
+        error = self.tail * math.log(max(count, 1) / (AIM * budget))
+        self.drift = float(np.clip(self.drift + np.clip(error, -0.05, 0.05) / 4, -0.1, 0.1))
+        return threshold * math.exp(float(np.clip(error, -math.log(2), math.log(2))) + self.drift)
 
 
 @dataclass
@@ -32,6 +51,8 @@ class Oracle:
     step: int = 0
     local: list[float] = field(default_factory=list)
     overall: float | None = None
+    of_ranks: list[Followed] = field(default_factory=list)
+    of_all: Followed = field(default_factory=Followed)
 
     def allreduce(self, accs: list[Floats], owner: NDArray[np.int64] | None = None) -> tuple[Floats, list[Floats]]:
         """Return the sum and the residual of each rank.
@@ -45,6 +66,7 @@ class Oracle:
         known, self.local = self.local, []
         total = np.zeros_like(accs[0])
         selections, candidates = [], []
+        self.of_ranks = self.of_ranks or [Followed() for _ in accs]
         for rank, acc in enumerate(accs):
             if self.threshold == "sampled":
                 threshold = float(np.sort(np.abs(acc))[-budget])
@@ -56,7 +78,7 @@ class Oracle:
                 threshold = known[rank]
                 chosen = reaching(acc, threshold)
             self.local.append(threshold)
-            candidates.append(len(chosen))
+            candidates.append(acc[chosen])
             if len(chosen) > budget:
                 chosen = largest(acc, budget)
             selections.append(chosen)
@@ -64,10 +86,10 @@ class Oracle:
         if exact:
             final = largest(total, budget)
             self.overall = float(np.abs(total[final]).min()) if len(final) == budget else 0.0
-            candidates_globally = len(final)
+            candidates_globally = total[final]
         else:
             final = reaching(total, self.overall)
-            candidates_globally = len(final)
+            candidates_globally = total[final]
             if len(final) > budget:
                 final = largest(total, budget)
         update = np.zeros_like(total)
@@ -81,9 +103,10 @@ class Oracle:
                 mine = final[owner[final] == rank]
                 residual[mine] += total[mine] - update[mine]
             residuals.append(residual)
-        if not exact and self.threshold != "reused":
-            self.local = [followed(value, count, budget) for value, count in zip(self.local, candidates, strict=True)]
-            self.overall = followed(self.overall, candidates_globally, budget)
+        if self.threshold != "reused":
+            movers = zip(self.of_ranks, self.local, candidates, strict=True)
+            self.local = [mover.next(value, entries, budget) for mover, value, entries in movers]
+            self.overall = self.of_all.next(self.overall, candidates_globally, budget)
         self.step += 1
         return update, residuals
 
@@ -101,11 +124,6 @@ def largest(values: Floats, k: int) -> NDArray[np.int64]:
 def reaching(values: Floats, threshold: float) -> NDArray[np.int64]:
     """Return the positions of at least this magnitude, compared in the values' own precision."""
     return np.flatnonzero((np.abs(values) >= values.dtype.type(threshold)) & (values != 0))
-
-
-def followed(threshold: float, count: int, budget: int) -> float:
-    """Return the threshold of the next step."""
-    return threshold * min(max((max(count, 1) / (AIM * budget)) ** GAIN, 1 / FASTEST), FASTEST)
 
 
 def nearest_bfloat16(values: Floats) -> Floats:

@@ -98,6 +98,6 @@ def test_what_cancels_stays_on_both_sides():
 def test_the_first_sparse_step_may_be_any(first):
     """After dense steps thresholds and cuts are made when they are first needed, whatever the number of the step."""
     vector = [5.0, -4.0, 3.0, 2.0, 1.0, 0.5]
-    results = threads.run(steps, 2, [[vector, vector]] * 2, 3, {}, first)[0]
+    results = threads.run(steps, 2, [[vector, vector]] * 2, 3, {"threshold": "reused"}, first)[0]
     assert [report.exact for _, _, report in results] == [True, first == 31]
     assert all(report.selected_globally == 3 for _, _, report in results)

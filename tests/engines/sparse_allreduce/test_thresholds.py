@@ -1,11 +1,13 @@
 """A threshold that is followed from step to step: near its aim while gradients change, and never above the budget."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from lightning_plugins.engines.sparse_allreduce import SparseAllreduceState, sparse_allreduce
-from lightning_plugins.engines.sparse_allreduce.threshold import FASTEST, Threshold
+from lightning_plugins.engines.sparse_allreduce.threshold import AIM, FASTEST, LEARNING, PROBE, SURPRISE, Threshold
 from tests.engines.sparse_allreduce import threads
 
 SIZE, K, STEPS = 20_000, 200, 80
@@ -73,16 +75,39 @@ def test_exact_steps_come_when_they_are_due():
     assert exact == [step % 4 == 0 for step in range(10)]
 
 
+@pytest.mark.parametrize("index", [2.5, 10.0, 40.0])
+@pytest.mark.parametrize("growth", [0.97, 1.0, 1.03])
+def test_a_power_law_that_moves_is_followed(index, growth):
+    """Of N entries N * (scale / t)^index reach t. The servo learns index and growth, and then meets its aim at every step."""
+    budget, scale, threshold = 1000, 7.0, Threshold(2.0 * 7.0 * 100 ** (1 / index))
+    counts = []
+    for _ in range(120):
+        counts.append(round(100_000 * min(1.0, (scale / threshold.value) ** index)))
+        threshold.follow(counts[-1], round(counts[-1] * PROBE**-index), budget)
+        scale *= growth
+    assert counts[60:] == [pytest.approx(AIM * budget, rel=0.04)] * 60
+    assert threshold.tail == pytest.approx(1 / index, rel=0.04)
+    assert threshold.drift == pytest.approx(math.log(growth), abs=1e-3)
+
+
 def test_a_step_moves_no_faster_than_twice():
-    large = 10**9
-    for count, budget, factor in ((0, large, 1 / FASTEST), (1, large, 1 / FASTEST), (large, 100, FASTEST), (95, 100, 1.0)):
-        threshold = Threshold(3.0)
-        threshold.follow(count, budget)
+    """A single strange batch moves a threshold by 2 at most, and what it leaves as drift by a fortieth or less."""
+    large, learnt = 10**9, math.exp(LEARNING * SURPRISE)
+    for count, factor in ((0, 1 / FASTEST / learnt), (1, 1 / FASTEST / learnt), (large, FASTEST * learnt), (92, 1.0)):
+        threshold = Threshold(3.0, tail=0.5)
+        threshold.follow(count, count, large if count < 92 else 100)
         assert threshold.value == pytest.approx(3.0 * factor, rel=1e-12)
     for threshold, budget in ((Threshold(None), 10), (Threshold(2.0), 0)):
         before = threshold.value
-        threshold.follow(5, budget)
+        threshold.follow(5, 5, budget)
         assert threshold.value == before
+
+
+def test_a_share_of_k_is_seldom_passed():
+    """Where the budget is passed, sums have to be sorted over all ranks: rounds of messages that a good servo spares."""
+    for candidates in threads.run(count_candidates, 2, "servo"):
+        assert np.mean(np.array(candidates[1:]) > K) < 0.35
+        assert np.mean(candidates[20:]) == pytest.approx(AIM * K, rel=0.1)
 
 
 def resumed(rank, count, at):
