@@ -244,9 +244,11 @@ def draw_mass(traces: Mapping[str, Curve], title: str = "") -> bytes:
     palette = _palette(traces)
     errors = [abs(error) for points in traces.values() for _, error in points if error]
     floor = min([*errors, 1e-3]) / 10
-    for name, points in traces.items():
+    for number, (name, points) in enumerate(traces.items()):
         heights = [max(abs(error), floor) for _, error in points]
-        axes.plot([step for step, _ in points], heights, color=palette[name], marker=".", markersize=2, label=name)
+        # The first lies on top: a line at the floor would hide it.
+        style = {"color": palette[name], "marker": ".", "markersize": 2, "zorder": 10 - number}
+        axes.plot([step for step, _ in points], heights, label=name, **style)
     axes.axhline(floor, color="black", linewidth=0.8, linestyle=":", label="exactly 0")
     axes.set_xlabel("step")
     axes.set_yscale("log")
