@@ -61,8 +61,10 @@ class _Supervisor:
     def _await_job(self) -> dict[str, Any] | None:
         while not self.client.closed:
             self.selector.select()
-            for message in self.client.receive():
-                return message
+            if received := self.client.receive():
+                job, *commands = received
+                self._obey(commands)  # what a quick test has sent right behind it
+                return job
         return None
 
     def _fork_all(self, job: dict[str, Any]) -> None:
@@ -114,7 +116,10 @@ class _Supervisor:
         if self.awake in ready:
             self._reap()
         self.client.flush()
-        for command, *arguments in self.client.receive():
+        self._obey(self.client.receive())
+
+    def _obey(self, commands: list[Any]) -> None:
+        for command, *arguments in commands:
             if command == "close":
                 self.closing = True
             else:
