@@ -1,3 +1,4 @@
+from lightning_plugins.callbacks.memory_checkpoint.callback import MemoryCheckpoint as MemoryCheckpoint
 from lightning_plugins.callbacks.panorama_report import PanoramaReport as PanoramaReport
 from lightning_plugins.callbacks.preconditioner import Preconditioner as Preconditioner
 from lightning_plugins.datamodules.panorama_folder import PanoramaFolder as PanoramaFolder

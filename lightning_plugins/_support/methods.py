@@ -66,6 +66,13 @@ METHODS: dict[str, Method] = {
         "second-order directions (K-FAC, SOAP, Shampoo and relatives) for any module and optimizer",
         "preconditioner",
     ),
+    "MemoryCheckpoint": Method(
+        "callbacks",
+        "lightning_plugins.callbacks.memory_checkpoint.callback",
+        "beta",
+        "the whole training state in memory outside of the trainer, every few steps; a crashed run goes on with the same bits",
+        "memory_checkpoint",
+    ),
     "OkTopkStrategy": Method(
         "strategies",
         "lightning_plugins.strategies.ok_topk",

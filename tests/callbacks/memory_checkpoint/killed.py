@@ -1,0 +1,87 @@
+"""The ranks' side of the tests that kill: a training that says in a file in which phase it is, byte by byte."""
+
+import mmap
+import time
+
+from lightning_plugins import OkTopkStrategy, Preconditioner
+from lightning_plugins._lightning import Callback
+from lightning_plugins.callbacks.memory_checkpoint import MemoryCheckpoint
+from lightning_plugins.engines.resilience.commit import JobCommit
+from tests.callbacks.memory_checkpoint.runs import train
+from tests.ranks.rank import progress
+
+PHASES = ("start", "data", "forward", "backward", "optimizer", "capture", "end")
+OPTIONS = {"max_epochs": 2}
+STEP_S = 0.02  # added to forward, backward, data and optimizer, so that kills find them
+
+
+class Phases(Callback):
+    """Writes the phase that begins into a byte, and into the next whether a commit is under way.
+
+    Args:
+        path: of a file of two bytes.
+    """
+
+    def __init__(self, path):
+        with open(path, "r+b") as file:
+            self.bytes = mmap.mmap(file.fileno(), 2)
+
+    def enter(self, phase):
+        self.bytes[0] = PHASES.index(phase)
+        if phase in ("forward", "backward", "optimizer", "data"):
+            time.sleep(STEP_S / 4)
+
+    def on_train_start(self, trainer, pl_module):
+        progress("training")
+        self.enter("data")
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        progress(("batch", trainer.fit_loop.epoch_loop.total_batch_idx))
+        self.enter("forward")
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.enter("backward")
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.enter("optimizer")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.enter("data")
+
+    def on_train_end(self, trainer, pl_module):
+        self.enter("end")
+
+
+def watched(phases):
+    """Let captures and commits say that they are under way."""
+    capture, run = MemoryCheckpoint._capture, JobCommit._run
+
+    def telling(self, *arguments):
+        phases.enter("capture")
+        capture(self, *arguments)
+        phases.enter("data")
+
+    def telling_too(self, *arguments):
+        phases.bytes[1] = 1
+        run(self, *arguments)
+        phases.bytes[1] = 0
+
+    MemoryCheckpoint._capture, JobCommit._run = telling, telling_too
+
+
+def run_combined(rank, world_size, path, job):
+    """Train with a preconditioner, gradients that travel sparsely, and captures; return what has to be alike."""
+    phases = Phases(f"{path}{rank}")
+    memory = MemoryCheckpoint(job=job, every_n_steps=2)
+    curvature = Preconditioner("kfac", damping=0.1, factor_every=1, inverse_every=2, warmup_steps=0)
+    strategy = OkTopkStrategy(density=0.2, threshold_every=3)
+    return train(memory, curvature, phases, strategy=strategy, devices=world_size, max_epochs=4)
+
+
+def run(rank, world_size, path, job, lazy=False, **options):
+    """Train, and return what has to be alike."""
+    phases = Phases(f"{path}{rank}")
+    watched(phases)
+    strategy = {"strategy": "ddp", "devices": world_size} if world_size > 1 else {}
+    memory = MemoryCheckpoint(job=job, every_n_steps=2, lazy=lazy)
+    return train(memory, phases, **{**OPTIONS, **strategy, **options})

@@ -1,0 +1,123 @@
+"""A run that goes on from a state between two iterations, against the run that was never interrupted: bit for bit."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_plugins._lightning import LightningModule, Trainer
+from lightning_plugins._support.errors import InputError
+from lightning_plugins.callbacks.memory_checkpoint._seams import refuse_loaders
+from tests.callbacks.memory_checkpoint.runs import Regression, Watch, same, train
+
+pytestmark = [pytest.mark.adapter, pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")]
+
+CASES = [
+    {},
+    {"val_check_interval": 2},
+    {"check_val_every_n_epoch": 2},
+    {"reload_dataloaders_every_n_epochs": 1},
+    {"limit_train_batches": 5},
+    {"num_sanity_val_steps": 0, "gradient_clip_val": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", CASES, ids=str)
+def test_any_boundary_of_any_epoch(options):
+    watch = Watch()
+    whole = train(watch, **options)
+    per_epoch = watch.boundaries // 3
+    for at in {1, per_epoch - 1, per_epoch, per_epoch + 3, 2 * per_epoch}:
+        taking = Watch(at)
+        train(taking, **options)
+        assert same(whole, train(Watch(resume=taking.saved), **options)) == [], f"boundary {at}"
+
+
+def test_accumulated_batches():
+    """Right after an optimizer step nothing waits: of 6 batches in threes that is before the fourth, and between epochs."""
+    whole = train(Watch(), accumulate_grad_batches=3)
+    for at in (3, 6, 9):
+        taking = Watch(at)
+        train(taking, accumulate_grad_batches=3)
+        assert same(whole, train(Watch(resume=taking.saved), accumulate_grad_batches=3)) == []
+
+
+def test_several_workers():
+    """Their random numbers follow from a seed that the epoch's iterator draws."""
+    whole = train(Watch(), workers=2)
+    for at in (2, 8):
+        taking = Watch(at)
+        train(taking, workers=2)
+        assert same(whole, train(Watch(resume=taking.saved), workers=2)) == []
+
+
+@pytest.mark.parametrize("options", CASES[:3], ids=str)
+def test_watching_changes_nothing(options):
+    assert same(train(**options), train(Watch(4), **options)) == []
+
+
+class Numbers(IterableDataset):
+    """Has no state."""
+
+    def __iter__(self):
+        return iter(torch.randn(8, 4))
+
+
+class Bare(LightningModule):
+    """Trains on loaders that it is given."""
+
+    def __init__(self, loaders):
+        super().__init__()
+        self.layer, self.loaders = torch.nn.Linear(4, 1), loaders
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(next(iter(batch)) if isinstance(batch, list | tuple) else batch).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+    def train_dataloader(self):
+        return self.loaders
+
+
+class Counting(DataLoader):
+    """Has a state."""
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+ROWS = TensorDataset(torch.randn(8, 4))
+
+
+@pytest.mark.parametrize(
+    ("loaders", "words"),
+    [
+        (DataLoader(Numbers()), "reads Numbers, iterable and without a state"),
+        (DataLoader(ROWS, num_workers=1, persistent_workers=True), "has persistent_workers=True"),
+        ([DataLoader(ROWS), Counting(ROWS)], "either all training loaders have a state_dict or none"),
+    ],
+)
+def test_data_without_a_way_back_is_refused_by_name(loaders, words):
+    class Refuse(Watch):
+        def on_train_start(self, trainer, pl_module):
+            refuse_loaders(trainer)
+
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    with pytest.raises(InputError, match=words):
+        Trainer(accelerator="cpu", max_epochs=1, callbacks=[Refuse()], **options).fit(Bare(loaders))
+
+
+def test_the_loop_is_left_as_it_was():
+    watch = Watch()
+    train(watch)
+    loops = (watch.loop.trainer.fit_loop, watch.loop.trainer.fit_loop.epoch_loop)
+    assert not any(name in vars(loop) for loop in loops for name in ("setup_data", "on_run_start", "_on_before_fetch"))
+
+
+def test_a_state_of_another_seed_is_another_run():
+    """Which shows that the comparison can fail."""
+    assert set(same(train(Watch()), train(Watch(), seed=4))) >= {"weights", "optimizer", "logged", "random", "seen"}
+    assert Regression().seen == []

@@ -1,0 +1,115 @@
+"""SIGKILL of a rank at a moment that the test draws from the clock, against a run that was left alone: the same bits."""
+
+import os
+import time
+from collections import Counter
+
+import pytest
+
+from lightning_plugins.engines.resilience.keeper_client import KeeperClient
+from tests.callbacks.memory_checkpoint.killed import PHASES, run, run_combined
+from tests.callbacks.memory_checkpoint.runs import same
+from tests.ranks.client import kill_times
+
+pytestmark = pytest.mark.adapter
+
+
+@pytest.fixture
+def keeper(tmp_path, monkeypatch):
+    """A keeper that belongs to the test: ranks' processes all end with their job."""
+    folder = tmp_path / "runtime"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    with KeeperClient("held by the test") as client:
+        yield {"XDG_RUNTIME_DIR": str(folder)}
+        client.end()
+
+
+def trials(ranks, env, folder, world_size, count, seed, lazy=False):
+    """Kill one rank of each of ``count`` runs, start again, and return what differed and the phases that were hit."""
+    path = str(folder / "phase")
+    for rank in range(world_size):
+        with open(f"{path}{rank}", "wb") as file:
+            file.write(bytes(2))
+    with ranks.start(run, world_size, path, "whole", lazy, init=False, env=env, timeout_s=120) as handle:
+        handle.wait_for("training")
+        start_s = time.monotonic()
+        handle.join(120, until_failure=True)
+        within_s = time.monotonic() - start_s
+        whole = handle.results()
+    differing, hit, resumed = [], Counter(), 0
+    for number, (rank, seconds) in zip(range(count), kill_times(seed, world_size, within_s), strict=False):
+        job = f"trial {number}"
+        for other in range(world_size):
+            with open(f"{path}{other}", "r+b") as file:
+                file.write(bytes(2))
+        with ranks.start(run, world_size, path, job, lazy, init=False, env=env, timeout_s=120) as handle:
+            handle.wait_for("training")
+            handle.kill_at(rank, seconds)
+            codes = handle.join(120, until_failure=True)
+        if codes[rank] == 0:  # it was faster
+            continue
+        with open(f"{path}{rank}", "rb") as file:
+            phase, committing = file.read(2)
+        hit[PHASES[phase]] += 1
+        hit["commit"] += committing
+        found = ranks.run(run, world_size, path, job, lazy, init=False, env=env, timeout_s=120)
+        differing += [
+            (number, PHASES[phase], of_rank, names)
+            for of_rank in range(world_size)
+            if (names := same(whole[of_rank], found[of_rank]))
+        ]
+        resumed += len(found[0]["seen"]) < len(whole[0]["seen"])
+    return differing, hit, resumed
+
+
+@pytest.mark.parametrize(("world_size", "lazy"), [(1, False), (2, False), (2, True)])
+def test_killed_at_any_time(ranks, keeper, tmp_path, world_size, lazy):
+    differing, hit, resumed = trials(ranks, keeper, tmp_path, world_size, 4, seed=os.getpid(), lazy=lazy)
+    print(f"phases hit: {dict(hit)}; {resumed} runs went on from memory")
+    assert differing == []
+
+
+def test_with_a_preconditioner_and_sparse_gradients(ranks, keeper, tmp_path):
+    """All three in one Trainer; residuals and thresholds are each rank's own."""
+    path = str(tmp_path / "phase")
+    for rank in range(2):
+        (tmp_path / f"phase{rank}").write_bytes(bytes(2))
+    whole = ranks.run(run_combined, 2, path, "whole", init=False, env=keeper, timeout_s=120)
+    with ranks.start(run_combined, 2, path, "killed", init=False, env=keeper, timeout_s=120) as handle:
+        handle.wait_for(("batch", 8))
+        handle.kill(1)
+        handle.join(120, until_failure=True)
+    found = ranks.run(run_combined, 2, path, "killed", init=False, env=keeper, timeout_s=120)
+    assert [same(*pair) for pair in zip(whole, found, strict=True)] == [[], []]
+    assert all(len(one["seen"]) < len(other["seen"]) for one, other in zip(found, whole, strict=True))
+
+
+@pytest.mark.parametrize(("world_size", "signalled"), [(1, [0]), (2, [1]), (2, [0, 1])])
+def test_sigterm_stops_all_ranks_after_the_same_step(ranks, keeper, tmp_path, world_size, signalled):
+    """Signalled at any point of a step; Lightning's own handler would have the ranks wait for each other inside of the signal."""
+    path = str(tmp_path / "phase")
+    for rank in range(world_size):
+        (tmp_path / f"phase{rank}").write_bytes(bytes(2))
+    whole = ranks.run(run, world_size, path, "whole", init=False, env=keeper, timeout_s=120)
+    with ranks.start(run, world_size, path, "stopped", init=False, env=keeper, timeout_s=120) as handle:
+        for number, rank in enumerate(signalled):
+            handle.wait_for(("batch", 1 + number), ranks=[rank])
+            handle.terminate(rank)
+        assert handle.join(20) == [143] * world_size
+        output = handle.output(0)
+    assert "SIGTERM: stopped after step" in output
+    stopped_at = int(output.split("SIGTERM: stopped after step ")[1].split(",")[0])
+    found = ranks.run(run, world_size, path, "stopped", init=False, env=keeper, timeout_s=120)
+    assert [same(*pair) for pair in zip(whole, found, strict=True)] == [[]] * world_size
+    assert len(whole[0]["seen"]) - len(found[0]["seen"]) == stopped_at
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "lazy", "count"), [(1, False, 150), (2, False, 100), (2, True, 50)])
+def test_killed_three_hundred_times(ranks, keeper, tmp_path, world_size, lazy, count):
+    differing, hit, resumed = trials(ranks, keeper, tmp_path, world_size, count, seed=world_size, lazy=lazy)
+    print(f"phases hit: {dict(hit)}; {resumed} runs went on from memory")
+    assert differing == []
+    assert resumed > count / 4
+    assert min(hit[phase] for phase in (*PHASES[1:6], "commit")) >= 5

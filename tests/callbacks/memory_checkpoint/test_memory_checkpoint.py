@@ -1,0 +1,181 @@
+"""The callback in a Trainer of one process: what it goes on from, what it leaves alone, and what it refuses."""
+
+import logging
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_plugins import MemoryCheckpoint
+from lightning_plugins._lightning import Callback, ModelCheckpoint
+from lightning_plugins._support.errors import InputError
+from lightning_plugins.callbacks.memory_checkpoint import job as jobs
+from lightning_plugins.engines.resilience.keeper_client import KeeperClient
+from tests.callbacks.memory_checkpoint.runs import Regression, same, train
+
+pytestmark = pytest.mark.adapter
+
+
+@pytest.fixture(autouse=True)
+def runtime(tmp_path, monkeypatch):
+    """A keeper of this test's own, whose memory ends with it."""
+    folder = tmp_path / "runtime"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    jobs._fits.clear()
+    with KeeperClient("held by the test") as client:
+        yield client
+        client.end()
+
+
+class Crash(Callback):
+    """Raises before a batch, counted over the epochs."""
+
+    def __init__(self, before):
+        self.before = before
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.before:
+            raise KeyError("a fault")
+
+
+def again(job):
+    """Count fits from 0, as a script does that is started again."""
+    jobs._fits.pop(job, None)
+
+
+def crashed(job, before=9, lazy=False):
+    """Train until a fault, and forget that this process has begun a fit."""
+    with pytest.raises(KeyError, match="a fault"):
+        train(MemoryCheckpoint(job=job, every_n_steps=2, lazy=lazy), Crash(before))
+    again(job)
+
+
+def held(job, fit=0):
+    with KeeperClient(f"{job}/{fit}") as client:
+        return sorted((one.shard, one.step) for one in client.generations())
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_crashed_run_goes_on_with_the_same_bits_and_gives_its_memory_back(lazy):
+    whole = train()
+    crashed("a", lazy=lazy)
+    assert {step for _, step in held("a")} == {6, 8}
+    found = train(MemoryCheckpoint(job="a", every_n_steps=2, lazy=lazy))
+    assert same(whole, found) == []
+    assert len(found["seen"]) == len(whole["seen"]) - 8
+    assert held("a") == []
+
+
+def test_a_run_that_ended_is_not_gone_on_from():
+    train(MemoryCheckpoint(job="a", every_n_steps=2))
+    again("a")
+    assert len(train(MemoryCheckpoint(job="a", every_n_steps=2))["seen"]) == 18
+
+
+def test_the_second_fit_of_a_script_is_another_one():
+    """The first ended; after a crash in the second the script runs the first again, and goes on in the second."""
+    memory = lambda: MemoryCheckpoint(job="a", every_n_steps=2)  # noqa: E731
+    whole = train(memory()), train(memory(), seed=4)
+    again("a")
+    assert same(whole[0], train(memory())) == []
+    with pytest.raises(KeyError):
+        train(memory(), Crash(9), seed=4)
+    again("a")
+    assert same(whole[0], train(memory())) == []
+    second = train(memory(), seed=4)
+    assert same(whole[1], second) == []
+    assert len(second["seen"]) == 10
+
+
+def test_a_named_checkpoint_wins(tmp_path, caplog):
+    crashed("a")
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=6, save_top_k=-1, filename="{step}")
+    train(saving, enable_checkpointing=True)
+    path = next(tmp_path.glob("step=6*.ckpt"))
+    with pytest.warns(UserWarning, match="left aside what memory held of this job: fit was given ckpt_path="):
+        found = train(MemoryCheckpoint(job="a"), ckpt_path=str(path))
+    assert found["seen"][0][:2] == (1, 0)
+    assert len(found["seen"]) == 12
+
+
+class Wider(Regression):
+    """Has a parameter more."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+def test_another_model_starts_afresh_or_is_refused():
+    crashed("a")
+    with pytest.raises(
+        InputError, match=r"resume=True, and memory holds a state of .*Regression with other parameters than .*Wider"
+    ):
+        train(MemoryCheckpoint(job="a", resume=True), module=Wider())
+    again("a")
+    with pytest.warns(UserWarning, match="starting afresh: memory holds a state of .*Regression"):
+        found = train(MemoryCheckpoint(job="a"), module=Wider())
+    assert len(found["seen"]) == 18
+
+
+def test_resume_false_starts_afresh():
+    crashed("a")
+    assert len(train(MemoryCheckpoint(job="a", resume=False))["seen"]) == 18
+
+
+def test_a_state_that_no_safe_loader_reads_is_refused_by_its_key():
+    class Strange(Callback):
+        def state_dict(self):
+            return {"thing": Regression}
+
+    with pytest.raises(InputError, match=r"Strange.*thing"):
+        train(MemoryCheckpoint(job="a", every_n_steps=2), Strange())
+
+
+def test_a_lost_keeper_costs_nothing_but_what_it_held(runtime, caplog):
+    whole = train()
+
+    class Lose(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 5:
+                os.kill(runtime.keeper_pid, 9)
+
+    with caplog.at_level(logging.WARNING):
+        found = train(MemoryCheckpoint(job="a", every_n_steps=2), Lose())
+    assert same(whole, found) == []
+    assert "MemoryCheckpoint goes on with a new one" in caplog.text
+    runtime._connection = None
+    runtime.__init__("held by the test")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"every_n_steps": 0}, "every_n_steps must be 1 step or more, got 0"),
+        ({"resume": "maybe"}, "resume must be 'auto', True or False, got 'maybe'"),
+        ({"linger_s": 0}, "linger_s must be above 0 seconds, got 0"),
+    ],
+)
+def test_values_out_of_range(options, words):
+    with pytest.raises(InputError, match=words):
+        MemoryCheckpoint(**options)
+
+
+def test_its_repr_shows_the_settings():
+    assert (
+        repr(MemoryCheckpoint(job="a")) == "MemoryCheckpoint(job='a', every_n_steps=10, lazy=False, resume='auto', linger_s=300)"
+    )
+
+
+def test_it_logs_what_it_costs():
+    class Read(Callback):
+        def on_train_end(self, trainer, pl_module):
+            self.numbers = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("memory_checkpoint/")}
+
+    read = Read()
+    train(MemoryCheckpoint(job="a", every_n_steps=2), read)
+    assert set(read.numbers) == {f"memory_checkpoint/{name}" for name in ("blocked_ms", "captured_mb", "committed_step")}
+    assert 0 < read.numbers["memory_checkpoint/blocked_ms"] < 1000
+    assert read.numbers["memory_checkpoint/committed_step"] >= 2

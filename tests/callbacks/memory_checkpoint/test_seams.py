@@ -1,0 +1,66 @@
+"""Canaries: what `_seams.py` touches of Lightning still is where it was. Each name that goes is named here."""
+
+import inspect
+
+import pytest
+import torch
+from torchmetrics import MeanMetric
+
+from lightning_plugins._lightning import Trainer, submodule
+
+pytestmark = pytest.mark.adapter
+
+SETTINGS = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+@pytest.fixture
+def trainer():
+    return Trainer(accelerator="cpu", **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("fit_loop", ["setup_data", "_combined_loader", "_data_fetcher", "_should_reload_train_dl", "restarting"]),
+        ("fit_loop.epoch_loop", ["on_run_start", "_on_before_fetch", "_results", "restarting", "batch_progress"]),
+        ("fit_loop.epoch_loop.batch_progress", ["current", "total"]),
+        ("_checkpoint_connector", ["dump_checkpoint", "_restore_modules_and_callbacks", "_loaded_checkpoint"]),
+        ("_logger_connector", ["_progress_bar_metrics", "_logged_metrics", "_callback_metrics"]),
+    ],
+)
+def test_names_are_there(trainer, path, names):
+    found = trainer
+    for part in path.split("."):
+        found = getattr(found, part)
+    missing = [name for name in names if not hasattr(found, name)]
+    assert not missing, f"trainer.{path} has no {missing} any more: see callbacks/memory_checkpoint/_seams.py"
+
+
+def test_the_fetcher_is_told_before_each_fetch_through_the_loops_own_attribute(trainer):
+    source = inspect.getsource(type(trainer.fit_loop.epoch_loop).on_run_start)
+    assert "data_fetcher._start_profiler = self._on_before_fetch" in source
+    assert "data_fetcher.fetched += self.batch_progress.current.ready" in source
+
+
+def test_a_loaded_checkpoint_stays_where_no_path_is_given(trainer):
+    """`setup` puts it there; what is restored later must not throw it away."""
+    trainer._checkpoint_connector._loaded_checkpoint = {"epoch": 1}
+    trainer._checkpoint_connector.resume_start(None)
+    assert trainer._checkpoint_connector._loaded_checkpoint == {"epoch": 1}
+
+
+def test_sums_of_an_epoch_are_states_of_a_metric(trainer):
+    results = submodule("trainer.connectors.logger_connector.result")
+    collection = results._ResultCollection(training=True)
+    collection.batch_size = 3
+    collection.log("training_step", "loss", torch.tensor(2.0), on_epoch=True)
+    metric = collection["training_step.loss"]
+    assert set(metric._defaults) == {"value", "cumulated_batch_size"}
+    assert (float(metric.value), int(metric.cumulated_batch_size), metric._update_count, metric.has_reset) == (6.0, 3, 1, False)
+
+
+def test_metrics_keep_their_states_as_attributes():
+    metric = MeanMetric()
+    metric.update(torch.tensor(3.0))
+    assert set(metric._defaults) == {"mean_value", "weight"}
+    assert (float(metric.mean_value), metric._update_count, metric.state_dict()) == (3.0, 1, {})
