@@ -41,5 +41,5 @@ def join(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return {
         **own,
         "state_dict": {**shared["state_dict"], **own["state_dict"]},
-        "optimizer_states": [{**rest, "state": states} for rest, states in pairs],
+        "optimizer_states": [{"state": states, **rest} for rest, states in pairs],
     }

@@ -2,6 +2,9 @@
 
 import logging
 import os
+import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from lightning_plugins import MemoryCheckpoint
 from lightning_plugins._lightning import Callback, ModelCheckpoint
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.callbacks.memory_checkpoint import job as jobs
-from lightning_plugins.engines.resilience.keeper_client import KeeperClient
+from lightning_plugins.engines.resilience.keeper_client import KeeperClient, Writing
 from tests.callbacks.memory_checkpoint.runs import Regression, same, train
 
 pytestmark = pytest.mark.adapter
@@ -62,7 +65,7 @@ def test_a_crashed_run_goes_on_with_the_same_bits_and_gives_its_memory_back(lazy
     whole = train()
     crashed("a", lazy=lazy)
     assert {step for _, step in held("a")} == {6, 8}
-    found = train(MemoryCheckpoint(job="a", every_n_steps=2, lazy=lazy))
+    found = train(MemoryCheckpoint(job="a", every_n_steps=2, lazy=lazy), seed=99)
     assert same(whole, found) == []
     assert len(found["seen"]) == len(whole["seen"]) - 8
     assert held("a") == []
@@ -148,6 +151,53 @@ def test_a_lost_keeper_costs_nothing_but_what_it_held(runtime, caplog):
     assert "MemoryCheckpoint goes on with a new one" in caplog.text
     runtime._connection = None
     runtime.__init__("held by the test")
+
+
+def test_no_capture_while_gradients_wait():
+    """Of three batches each, captured after every optimizer step: at batches 3, 6, ... and at no other."""
+    captured = []
+
+    class Noting(MemoryCheckpoint):
+        def _capture(self, trainer, step, state):
+            captured.append((step, state["exact_resume"]["batches"]))
+            super()._capture(trainer, step, state)
+
+    train(Noting(job="a", every_n_steps=1), accumulate_grad_batches=3, max_epochs=2)
+    assert captured == [(1, 3), (2, 0), (3, 3)]
+
+
+def test_sigterm_waits_for_the_optimizer_step():
+    """Received after one of three batches: a state with gradients that wait would not be exact."""
+
+    class Signal(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.fit_loop.epoch_loop.total_batch_idx == 7:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = train(accumulate_grad_batches=3)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"), pytest.warns(UserWarning, match="SIGTERM: stopped after step 3, whose state"):
+        train(MemoryCheckpoint(job="a", every_n_steps=10), Signal(), accumulate_grad_batches=3)
+    assert signal.getsignal(signal.SIGTERM) == before
+    again("a")
+    found = train(MemoryCheckpoint(job="a"), accumulate_grad_batches=3, seed=99)
+    assert same(whole, found) == []
+    assert len(found["seen"]) == 9
+
+
+def test_a_lazy_copy_is_waited_for(monkeypatch):
+    """A copy that takes longer than forward and backward: what it holds is of before the optimizer step all the same."""
+    copy = Writing.copy
+
+    def slowly(self, numbers=None):
+        if threading.current_thread().name.startswith("lightning_plugins"):
+            time.sleep(0.2)
+        copy(self, numbers)
+
+    monkeypatch.setattr(Writing, "copy", slowly)
+    whole = train()
+    crashed("a", lazy=True)
+    assert same(whole, train(MemoryCheckpoint(job="a", every_n_steps=2))) == []
 
 
 @pytest.mark.parametrize(
