@@ -21,7 +21,15 @@ def keeper(tmp_path, monkeypatch):
     folder.mkdir(mode=0o700)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
     with KeeperClient("held by the test") as client:
+        descriptors = f"/proc/{client.keeper_pid}/fd"
+        before = len(os.listdir(descriptors))
         yield {"XDG_RUNTIME_DIR": str(folder)}
+        # Every job ended by itself in the end: neither its memory nor a connection is left.
+        deadline = time.monotonic() + 5.0
+        while (len(os.listdir(descriptors)), client.status()["clients"]) > (before, 1) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        status = client.status()
+        assert (len(os.listdir(descriptors)), status["clients"], list(status["jobs"])) == (before, 1, ["held by the test"])
         client.end()
 
 
