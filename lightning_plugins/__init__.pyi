@@ -7,5 +7,6 @@ from lightning_plugins.models.panoramic_depth.module import DepthTeacher as Dept
 from lightning_plugins.models.panoramic_depth.module import PanoramicDepth as PanoramicDepth
 from lightning_plugins.strategies.ok_topk import OkTopkStrategy as OkTopkStrategy
 from lightning_plugins.strategies.ok_topk_fabric import OkTopkFabricStrategy as OkTopkFabricStrategy
+from lightning_plugins.strategies.verified_checkpoint import VerifiedCheckpointIO as VerifiedCheckpointIO
 
 __version__: str

@@ -1,9 +1,9 @@
-"""`lightning`, or `lightning-plugins`: run, ls, info, cp, validate, doctor.
+"""`lightning`, or `lightning-plugins`: run, ls, info, cp, validate, ckpt, doctor.
 
 Neither torch nor Lightning is imported before something is run, so that the other words answer at once and work in a broken
 environment. Exit codes: 0; 2 for what the user can mend, with one sentence on the error stream; 1 for a defect, with its
-traceback, and from `doctor` if it found a trap; 130 and 143 after Ctrl-C and SIGTERM, with the line that resumes; a user's
-own script keeps its own.
+traceback, from `doctor` if it found a trap, and from `ckpt verify` if it found damage; 130 and 143 after Ctrl-C and SIGTERM, with
+the line that resumes; a user's own script keeps its own.
 """
 
 import os
@@ -204,6 +204,12 @@ def _validate(arguments: list[str]) -> int:
     return 0
 
 
+def _ckpt(arguments: list[str]) -> int:
+    from lightning_plugins.recipes.checkpoint_words import run_word
+
+    return run_word(arguments)
+
+
 def _doctor(arguments: list[str]) -> int:
     Parser(prog="lightning doctor", description="Look for the known traps of the installed packages.").parse_args(arguments)
     from lightning_plugins._support.doctor import examine
@@ -256,6 +262,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "info": (_info, "show a method's options and card, or a recipe's knobs"),
     "cp": (_cp, "copy a recipe's YAML"),
     "validate": (_validate, "build everything a YAML names, without running it"),
+    "ckpt": (_ckpt, "list, verify and export what MemoryCheckpoint keeps"),
     "doctor": (_doctor, "look for known traps of the installed packages"),
 }
 

@@ -73,6 +73,13 @@ METHODS: dict[str, Method] = {
         "the whole training state in memory outside of the trainer, every few steps; a crashed run goes on with the same bits",
         "memory_checkpoint",
     ),
+    "VerifiedCheckpointIO": Method(
+        "strategies",
+        "lightning_plugins.strategies.verified_checkpoint",
+        "beta",
+        "ordinary checkpoints that carry a checksum: written whole or not at all, and no damage of theirs is loaded",
+        "memory_checkpoint",
+    ),
     "OkTopkStrategy": Method(
         "strategies",
         "lightning_plugins.strategies.ok_topk",

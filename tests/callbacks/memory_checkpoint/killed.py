@@ -7,6 +7,7 @@ from lightning_plugins import OkTopkStrategy, Preconditioner
 from lightning_plugins._lightning import Callback
 from lightning_plugins.callbacks.memory_checkpoint import MemoryCheckpoint
 from lightning_plugins.engines.resilience.commit import JobCommit
+from tests.callbacks.memory_checkpoint.runs import memory as memory_only
 from tests.callbacks.memory_checkpoint.runs import train
 from tests.ranks.rank import progress
 
@@ -72,7 +73,7 @@ def watched(phases):
 def run_combined(rank, world_size, path, job):
     """Train with a preconditioner, gradients that travel sparsely, and captures; return what has to be alike."""
     phases = Phases(f"{path}{rank}")
-    memory = MemoryCheckpoint(job=job, every_n_steps=2)
+    memory = memory_only(job)
     curvature = Preconditioner("kfac", damping=0.1, factor_every=1, inverse_every=2, warmup_steps=0)
     strategy = OkTopkStrategy(density=0.2, threshold_every=3)
     return train(memory, curvature, phases, strategy=strategy, devices=world_size, max_epochs=4)
@@ -83,5 +84,5 @@ def run(rank, world_size, path, job, lazy=False, **options):
     phases = Phases(f"{path}{rank}")
     watched(phases)
     strategy = {"strategy": "ddp", "devices": world_size} if world_size > 1 else {}
-    memory = MemoryCheckpoint(job=job, every_n_steps=2, lazy=lazy)
+    memory = memory_only(job, lazy=lazy)
     return train(memory, phases, **{**OPTIONS, **strategy, **options})

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanMetric
 
 from lightning_plugins._lightning import Callback, LightningModule, Trainer, seed_everything
+from lightning_plugins.callbacks.memory_checkpoint import MemoryCheckpoint
 from lightning_plugins.callbacks.memory_checkpoint._seams import OpenedLoop
 
 SAMPLES, BATCH, EPOCHS = 24, 4, 3
@@ -94,6 +95,11 @@ class Watch(Callback):
 
     def teardown(self, trainer, pl_module, stage):
         self.loop.close()
+
+
+def memory(job="a", **options):
+    """Return a callback that captures every second step, in memory alone."""
+    return MemoryCheckpoint(**{"job": job, "every_n_steps": 2, "disk_dir": False, **options})
 
 
 def train(*callbacks, module=None, workers=0, seed=3, ckpt_path=None, **options):

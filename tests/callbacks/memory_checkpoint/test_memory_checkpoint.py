@@ -14,8 +14,9 @@ from lightning_plugins import MemoryCheckpoint
 from lightning_plugins._lightning import Callback, ModelCheckpoint
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.callbacks.memory_checkpoint import job as jobs
+from lightning_plugins.engines.resilience.disk_steps import step_folder, steps
 from lightning_plugins.engines.resilience.keeper_client import KeeperClient, Writing
-from tests.callbacks.memory_checkpoint.runs import Regression, same, train
+from tests.callbacks.memory_checkpoint.runs import Regression, memory, same, train
 
 pytestmark = pytest.mark.adapter
 
@@ -51,7 +52,7 @@ def again(job):
 def crashed(job, before=9, lazy=False):
     """Train until a fault, and forget that this process has begun a fit."""
     with pytest.raises(KeyError, match="a fault"):
-        train(MemoryCheckpoint(job=job, every_n_steps=2, lazy=lazy), Crash(before))
+        train(memory(job, lazy=lazy), Crash(before))
     again(job)
 
 
@@ -65,21 +66,20 @@ def test_a_crashed_run_goes_on_with_the_same_bits_and_gives_its_memory_back(lazy
     whole = train()
     crashed("a", lazy=lazy)
     assert {step for _, step in held("a")} == {6, 8}
-    found = train(MemoryCheckpoint(job="a", every_n_steps=2, lazy=lazy), seed=99)
+    found = train(memory(lazy=lazy), seed=99)
     assert same(whole, found) == []
     assert len(found["seen"]) == len(whole["seen"]) - 8
     assert held("a") == []
 
 
 def test_a_run_that_ended_is_not_gone_on_from():
-    train(MemoryCheckpoint(job="a", every_n_steps=2))
+    train(memory())
     again("a")
-    assert len(train(MemoryCheckpoint(job="a", every_n_steps=2))["seen"]) == 18
+    assert len(train(memory())["seen"]) == 18
 
 
 def test_the_second_fit_of_a_script_is_another_one():
     """The first ended; after a crash in the second the script runs the first again, and goes on in the second."""
-    memory = lambda: MemoryCheckpoint(job="a", every_n_steps=2)  # noqa: E731
     whole = train(memory()), train(memory(), seed=4)
     again("a")
     assert same(whole[0], train(memory())) == []
@@ -98,7 +98,7 @@ def test_a_named_checkpoint_wins(tmp_path, caplog):
     train(saving, enable_checkpointing=True)
     path = next(tmp_path.glob("step=6*.ckpt"))
     with pytest.warns(UserWarning, match="left aside what memory held of this job: fit was given ckpt_path="):
-        found = train(MemoryCheckpoint(job="a"), ckpt_path=str(path))
+        found = train(memory(), ckpt_path=str(path))
     assert found["seen"][0][:2] == (1, 0)
     assert len(found["seen"]) == 12
 
@@ -111,21 +111,20 @@ class Wider(Regression):
         self.scale = nn.Parameter(torch.ones(()))
 
 
-def test_another_model_starts_afresh_or_is_refused():
+def test_another_model_starts_afresh_or_is_refused(caplog):
     crashed("a")
-    with pytest.raises(
-        InputError, match=r"resume=True, and memory holds a state of .*Regression with other parameters than .*Wider"
-    ):
-        train(MemoryCheckpoint(job="a", resume=True), module=Wider())
+    with pytest.raises(InputError, match=r"resume=True, and there is a state of .*Regression with other parameters than .*Wider"):
+        train(memory(resume=True), module=Wider())
     again("a")
-    with pytest.warns(UserWarning, match="starting afresh: memory holds a state of .*Regression"):
-        found = train(MemoryCheckpoint(job="a"), module=Wider())
+    with caplog.at_level(logging.WARNING):
+        found = train(memory(), module=Wider())
+    assert "starting afresh: there is a state of tests" in caplog.text
     assert len(found["seen"]) == 18
 
 
 def test_resume_false_starts_afresh():
     crashed("a")
-    assert len(train(MemoryCheckpoint(job="a", resume=False))["seen"]) == 18
+    assert len(train(memory(resume=False))["seen"]) == 18
 
 
 def test_a_state_that_no_safe_loader_reads_is_refused_by_its_key():
@@ -134,7 +133,7 @@ def test_a_state_that_no_safe_loader_reads_is_refused_by_its_key():
             return {"thing": Regression}
 
     with pytest.raises(InputError, match=r"Strange.*thing"):
-        train(MemoryCheckpoint(job="a", every_n_steps=2), Strange())
+        train(memory(), Strange())
 
 
 def test_a_lost_keeper_costs_nothing_but_what_it_held(runtime, caplog):
@@ -146,7 +145,7 @@ def test_a_lost_keeper_costs_nothing_but_what_it_held(runtime, caplog):
                 os.kill(runtime.keeper_pid, 9)
 
     with caplog.at_level(logging.WARNING):
-        found = train(MemoryCheckpoint(job="a", every_n_steps=2), Lose())
+        found = train(memory(), Lose())
     assert same(whole, found) == []
     assert "MemoryCheckpoint goes on with a new one" in caplog.text
     runtime._connection = None
@@ -158,11 +157,11 @@ def test_no_capture_while_gradients_wait():
     captured = []
 
     class Noting(MemoryCheckpoint):
-        def _capture(self, trainer, step, state):
-            captured.append((step, state["exact_resume"]["batches"]))
-            super()._capture(trainer, step, state)
+        def _capture(self, trainer, tiers, step):
+            captured.append((step, trainer.fit_loop.epoch_loop.batch_progress.current.completed))
+            super()._capture(trainer, tiers, step)
 
-    train(Noting(job="a", every_n_steps=1), accumulate_grad_batches=3, max_epochs=2)
+    train(Noting(job="a", every_n_steps=1, disk_dir=False), accumulate_grad_batches=3, max_epochs=2)
     assert captured == [(1, 3), (2, 0), (3, 3)]
 
 
@@ -177,10 +176,10 @@ def test_sigterm_waits_for_the_optimizer_step():
     whole = train(accumulate_grad_batches=3)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit, match="143"), pytest.warns(UserWarning, match="SIGTERM: stopped after step 3, whose state"):
-        train(MemoryCheckpoint(job="a", every_n_steps=10), Signal(), accumulate_grad_batches=3)
+        train(memory(every_n_steps=10), Signal(), accumulate_grad_batches=3)
     assert signal.getsignal(signal.SIGTERM) == before
     again("a")
-    found = train(MemoryCheckpoint(job="a"), accumulate_grad_batches=3, seed=99)
+    found = train(memory(), accumulate_grad_batches=3, seed=99)
     assert same(whole, found) == []
     assert len(found["seen"]) == 9
 
@@ -197,13 +196,15 @@ def test_a_lazy_copy_is_waited_for(monkeypatch):
     monkeypatch.setattr(Writing, "copy", slowly)
     whole = train()
     crashed("a", lazy=True)
-    assert same(whole, train(MemoryCheckpoint(job="a", every_n_steps=2))) == []
+    assert same(whole, train(memory())) == []
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"every_n_steps": 0}, "every_n_steps must be 1 step or more, got 0"),
+        ({"disk_every_n_steps": 5}, "disk_every_n_steps must be every_n_steps=10 or more, got 5"),
+        ({"disk_dir": True}, "disk_dir must be a folder, False or None, got True"),
         ({"resume": "maybe"}, "resume must be 'auto', True or False, got 'maybe'"),
         ({"linger_s": 0}, "linger_s must be above 0 seconds, got 0"),
     ],
@@ -214,9 +215,60 @@ def test_values_out_of_range(options, words):
 
 
 def test_its_repr_shows_the_settings():
-    assert (
-        repr(MemoryCheckpoint(job="a")) == "MemoryCheckpoint(job='a', every_n_steps=10, lazy=False, resume='auto', linger_s=300)"
-    )
+    shown = repr(MemoryCheckpoint(job="a"))
+    assert shown.startswith("MemoryCheckpoint(job='a', every_n_steps=10, lazy=False, disk_dir=None, disk_every_n_steps=100, ")
+    assert shown.endswith("resume='auto', linger_s=300)")
+
+
+def on_disk(folder, **options):
+    return memory(disk_dir=folder, disk_every_n_steps=2, **options)
+
+
+def lose_memory(keeper):
+    """Kill the keeper, as a host that is lost takes it along; the next client starts another one."""
+    os.kill(keeper.keeper_pid, signal.SIGKILL)
+    keeper._connection = None
+    keeper.__init__("held by the test")
+
+
+def written(folder, step, timeout_s=20.0):
+    deadline = time.monotonic() + timeout_s
+    while not (step_folder(folder / "fit-0", step) / "manifest.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_run_whose_memory_is_lost_goes_on_from_disk(runtime, tmp_path, caplog):
+    whole = train()
+    with pytest.raises(KeyError, match="a fault"):
+        train(on_disk(tmp_path / "steps"), Crash(9))
+    again("a")
+    written(tmp_path / "steps", 8)
+    lose_memory(runtime)
+    with caplog.at_level(logging.INFO):
+        found = train(on_disk(tmp_path / "steps"), seed=99)
+    assert same(whole, found) == []
+    assert len(found["seen"]) == 10
+    assert f"going on from step 8, from disk, {tmp_path}" in caplog.text
+
+
+def test_what_ended_on_disk_is_not_gone_on_from(runtime, tmp_path):
+    train(on_disk(tmp_path / "steps"))
+    again("a")
+    lose_memory(runtime)
+    assert steps(tmp_path / "steps/fit-0"), "it is there to be looked at"
+    assert len(train(on_disk(tmp_path / "steps"))["seen"]) == 18
+
+
+def test_a_folder_of_another_run_is_refused_and_one_that_cannot_be_written_costs_the_disk_alone(tmp_path, caplog):
+    train(on_disk(tmp_path / "steps"))
+    jobs._fits.clear()
+    with pytest.raises(InputError, match="b/0"):
+        train(on_disk(tmp_path / "steps", job="b"))
+    (tmp_path / "file").write_text("")
+    with caplog.at_level(logging.WARNING):
+        assert len(train(on_disk(tmp_path / "file/steps", job="c"))["seen"]) == 18
+    assert "no states go to disk in this run" in caplog.text
 
 
 def test_it_logs_what_it_costs():
@@ -225,7 +277,7 @@ def test_it_logs_what_it_costs():
             self.numbers = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("memory_checkpoint/")}
 
     read = Read()
-    train(MemoryCheckpoint(job="a", every_n_steps=2), read)
+    train(memory(), read)
     assert set(read.numbers) == {f"memory_checkpoint/{name}" for name in ("blocked_ms", "captured_mb", "committed_step")}
     assert 0 < read.numbers["memory_checkpoint/blocked_ms"] < 1000
     assert read.numbers["memory_checkpoint/committed_step"] >= 2

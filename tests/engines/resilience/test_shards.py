@@ -2,7 +2,7 @@
 
 import torch
 
-from lightning_plugins.callbacks.memory_checkpoint.shards import join, split
+from lightning_plugins.engines.resilience.shards import join, split
 
 
 def state(rank):
