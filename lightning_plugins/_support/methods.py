@@ -102,4 +102,8 @@ RECIPES: dict[str, Recipe] = {
     "ok_topk_compare": Recipe(
         "train a small CNN and a character model on two processes, densely, with Ok-Topk and with PowerSGD", "ok_topk", 2
     ),
+    "survive": Recipe(
+        "train a small net in two processes, kill one of them three times and show that the run ends with the same bits",
+        "memory_checkpoint",
+    ),
 }

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_plugins._lightning import Callback, LightningModule, Trainer, submodule
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.callbacks.memory_checkpoint import job as jobs
+from lightning_plugins.callbacks.memory_checkpoint._ddp_seams import GradientOrder, replay
 from lightning_plugins.callbacks.memory_checkpoint._seams import OpenedLoop, refuse_loaders
 from lightning_plugins.callbacks.memory_checkpoint.stopping import EXIT_CODE, StopSignal
 from lightning_plugins.engines.resilience.commit import make_store
@@ -86,6 +87,8 @@ class MemoryCheckpoint(Callback):
         self._tiers: Tiers | None = None
         self._store: Store | None = None
         self._stop: StopSignal | None = None
+        self._order: GradientOrder | None = None
+        self._gradient_order: list[str] = []
         self._last_step = self._captured_step = 0
         self._numbers: dict[str, float] = {}
         self._checked = False
@@ -115,12 +118,14 @@ class MemoryCheckpoint(Callback):
         if (found := self._tiers.find(self.resume)) is not None:
             rank_zero_info(f"going on from step {found.step}, from {found.source}")
             self._rank_state = found.state.pop("rank_state", None)
+            self._gradient_order = found.state["gradient_order"]
             self._loop.resume(found.state)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Step back where the user has named a checkpoint."""
         if self._loop is not None and trainer.ckpt_path is not None and self._loop.give_up():
             self._rank_state = None
+            self._gradient_order = []
             rank_zero_warn(f"left aside what memory held of this job: fit was given ckpt_path={str(trainer.ckpt_path)!r}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -131,6 +136,10 @@ class MemoryCheckpoint(Callback):
             if self._rank_state is not None:
                 trainer.strategy.load_rank_state_dict(self._rank_state)  # type: ignore[attr-defined]
                 self._rank_state = None
+            if self._gradient_order:
+                replay(trainer.strategy.model, pl_module, self._gradient_order)
+            else:
+                self._order = GradientOrder(pl_module)
             self._stop = StopSignal(self._store)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -192,6 +201,7 @@ class MemoryCheckpoint(Callback):
         state = self._loop.take()
         if hasattr(trainer.strategy, "rank_state_dict"):
             state["rank_state"] = trainer.strategy.rank_state_dict()
+        state["gradient_order"] = self._gradient_order or (self._order.names if self._order is not None else [])
         if not self._checked:
             check_loads(state)
             self._checked = True
@@ -203,12 +213,13 @@ class MemoryCheckpoint(Callback):
         }
 
     def _leave(self) -> None:
-        for part in (self._loop, self._stop):
+        for part in (self._loop, self._stop, self._order):
             if part is not None:
                 part.close()
         if self._tiers is not None and self._tiers.active:
             self._tiers.leave()
-        self._loop = self._stop = self._tiers = self._store = None
+        self._loop = self._stop = self._order = self._tiers = self._store = None
+        self._gradient_order = []
 
 
 def refuse_strategy(trainer: Trainer) -> None:

@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_plugins.engines.resilience.keeper_client import KeeperClient as KeeperClient
+    from lightning_plugins.engines.resilience.placement import place_copies as place_copies
     from lightning_plugins.engines.resilience.state_tree import check_loads as check_loads
     from lightning_plugins.engines.resilience.state_tree import pack as pack
     from lightning_plugins.engines.resilience.state_tree import unpack as unpack
 
-_MODULES = {"KeeperClient": "keeper_client", "check_loads": "state_tree", "pack": "state_tree", "unpack": "state_tree"}
-__all__ = ["KeeperClient", "check_loads", "pack", "unpack"]
+_MODULES = {
+    "KeeperClient": "keeper_client",
+    "check_loads": "state_tree",
+    "pack": "state_tree",
+    "place_copies": "placement",
+    "unpack": "state_tree",
+}
+__all__ = ["KeeperClient", "check_loads", "pack", "place_copies", "unpack"]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_plugins.engines.resilience import slots
 from lightning_plugins.engines.resilience.keeper_folder import listen, remove_files, take_lock
@@ -36,6 +36,9 @@ from lightning_plugins.engines.resilience.messages import (
     receive,
     send,
 )
+
+if TYPE_CHECKING:
+    from lightning_plugins.engines.resilience.keeper_peers import KeeperPeers
 
 FIRST_CLIENT_S = 10.0
 CLIENTS_AT_MOST = 512
@@ -59,6 +62,7 @@ class Keeper:
         self._clients: set[int] = set()
         self._lock = threading.Lock()
         self._refused = 0
+        self._peers: KeeperPeers | None = None
         self._stopping = False
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_writer, False)
@@ -79,6 +83,8 @@ class Keeper:
             if self._listener.fileno() in ready:
                 self._accept()
             wait_s = self.records.expire()
+            if self._peers is not None:
+                self._peers.close_others(list(self.records.jobs))
             with self._lock:
                 if self._stopping or not (self._clients or self.records.jobs):
                     return
@@ -124,8 +130,30 @@ class Keeper:
 
     def status(self) -> dict[str, Any]:
         """Return what the keeper knows of itself."""
+        peers = {} if self._peers is None else self._peers.status()
         with self._lock:
-            return {"pid": os.getpid(), "clients": len(self._clients), "refused": self._refused, "jobs": self.records.summary()}
+            known = {"pid": os.getpid(), "clients": len(self._clients), "refused": self._refused}
+        return {**known, "jobs": self.records.summary(), "peers": peers}
+
+    def peers(self) -> "KeeperPeers":
+        """Return what deals with other hosts; imported only when somebody asks, as the keeper has to start fast."""
+        from lightning_plugins.engines.resilience.keeper_peers import KeeperPeers
+
+        with self._lock:
+            if self._peers is None:
+                self._peers = KeeperPeers(self.records)
+            return self._peers
+
+    def committed(self, job: str) -> None:
+        """Have a commit pushed to the partner, if there is one."""
+        if self._peers is not None:
+            self._peers.committed(job)
+
+    def end(self, job: str) -> None:
+        """Drop all that a job holds, after nobody can bring anything any more."""
+        if self._peers is not None:
+            self._peers.close(job)
+        self.records.end(job)
 
     def seal(self, slot: Slot, block: Block, generation: int, data_bytes: int, draft_bytes: int) -> None:
         """Compute the checksums of a slot in a thread, and make it readable if its manifest is in order."""
@@ -166,6 +194,10 @@ class _Client:
             "open": self._open,
             "end": self._end,
             "status": self._status,
+            "listen": self._listen,
+            "partner": self._partner,
+            "fetch": self._fetch,
+            "peer_generations": self._peer_generations,
         }
 
     def serve(self) -> None:
@@ -240,6 +272,8 @@ class _Client:
 
     def _commit(self, request: dict[str, Any]) -> Answer:
         self.records.commit(self._job, _text(request, "shard"), _count(request, "step"))
+        job = self._job
+        self._after.append(lambda: self.keeper.committed(job))
         return {}, []
 
     def _discard(self, request: dict[str, Any]) -> Answer:
@@ -257,11 +291,26 @@ class _Client:
         return {"generation": generation, "digest": digest.hex()}, [descriptor]
 
     def _end(self, request: dict[str, Any]) -> Answer:
-        self.records.end(self._job)
+        self.keeper.end(self._job)
         return {}, []
 
     def _status(self, request: dict[str, Any]) -> Answer:
         return self.keeper.status(), []
+
+    def _listen(self, request: dict[str, Any]) -> Answer:
+        address, port = self.keeper.peers().listen(self._job, _text(request, "address"), str(request.get("secret_mark", "")))
+        return {"address": address, "port": port}, []
+
+    def _partner(self, request: dict[str, Any]) -> Answer:
+        self.keeper.peers().partner(self._job, _address(request))
+        return {}, []
+
+    def _fetch(self, request: dict[str, Any]) -> Answer:
+        target = (self._job, _text(request, "shard"), _count(request, "step"))
+        return {"bytes": self.keeper.peers().fetch(self.number, target, _address(request))}, []
+
+    def _peer_generations(self, request: dict[str, Any]) -> Answer:
+        return {"generations": self.keeper.peers().generations(self._job, _address(request))}, []
 
     @property
     def _job(self) -> str:
@@ -281,6 +330,13 @@ def _count(request: dict[str, Any], name: str) -> int:
     if type(value) is not int or not 0 <= value < 1 << 62:
         raise MalformedError(f"{name} must be a whole number, 0 or more", resumable=True)
     return value
+
+
+def _address(request: dict[str, Any]) -> tuple[str, int]:
+    port = _count(request, "port")
+    if not 1 <= port <= 65535:
+        raise MalformedError("port must be 1 to 65535", resumable=True)
+    return _text(request, "address"), port
 
 
 def main(arguments: list[str]) -> int:

@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from mmap import mmap
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -26,58 +26,19 @@ from lightning_plugins._support.errors import InputError
 from lightning_plugins._support.failpoints import failpoint
 from lightning_plugins.engines.resilience import slot_tensors, slots
 from lightning_plugins.engines.resilience.keeper_folder import KeeperError, KeeperLostError, connect_or_start, private_folder
+from lightning_plugins.engines.resilience.keeper_values import Captured as Captured
+from lightning_plugins.engines.resilience.keeper_values import Generation as Generation
+from lightning_plugins.engines.resilience.keeper_values import NoCopyError as NoCopyError
+from lightning_plugins.engines.resilience.keeper_values import TooLittleMemoryError as TooLittleMemoryError
 from lightning_plugins.engines.resilience.messages import PROTOCOL, MalformedError, close_all, receive, send
+from lightning_plugins.engines.resilience.secret import job_secret, secret_mark
 from lightning_plugins.engines.resilience.slots import DamagedError
 from lightning_plugins.engines.resilience.state_tree import Packed, unpack
 
 _ANSWER_S = 60.0  # the keeper may have to wait for checksums
 _BYTES_PER_S_AT_LEAST = 50e6  # of making memory
 _LONGEST_POLL_S = 0.02
-
-
-class TooLittleMemoryError(InputError):
-    """The host has not as much memory as slots of the wanted size take.
-
-    Attributes:
-        needed_bytes: more than is held already.
-        available_bytes: what may be taken.
-    """
-
-    def __init__(self, message: str, needed_bytes: int, available_bytes: int) -> None:
-        super().__init__(f"{message}; capture less, give the job more memory, or capture to disk")
-        self.needed_bytes, self.available_bytes = needed_bytes, available_bytes
-
-
-class Captured(NamedTuple):
-    """What a capture took.
-
-    Attributes:
-        bytes: of data.
-        seconds: that the caller was blocked.
-    """
-
-    bytes: int
-    seconds: float
-
-
-class Generation(NamedTuple):
-    """What one slot holds.
-
-    Attributes:
-        shard: name.
-        step: number.
-        state: ``writing``, ``sealed`` or ``committed``.
-        bytes: of data; 0 while it is written, as for what follows.
-        meta: plain values that came with it.
-        written_at: seconds since 1970.
-    """
-
-    shard: str
-    step: int
-    state: str
-    bytes: int
-    meta: dict[str, Any]
-    written_at: float
+_FETCH_S = 3600.0  # the keeper gives up on a silent peer by itself
 
 
 class Writing:
@@ -252,7 +213,7 @@ class KeeperClient:
     def generations(self, shard: str | None = None) -> list[Generation]:
         """Return what the job's slots hold, of one shard or of all."""
         answer, _ = self._ask("generations", shard=shard)
-        return [Generation(*(entry[name] for name in Generation._fields)) for entry in answer["generations"]]
+        return [Generation(**{name: entry[name] for name in Generation._fields}) for entry in answer["generations"]]
 
     def load(self, shard: str, step: int) -> tuple[Any, dict[str, Any]]:
         """Return the state of a step and its meta; the tensors are copies in this process's memory.
@@ -276,8 +237,75 @@ class KeeperClient:
         self._check_still_there(shard, step, generation)
         return unpack(*packed), manifest["meta"]
 
+    def listen(self, interface_address: str) -> tuple[str, int]:
+        """Have the keeper serve the keepers of the job's other hosts, if they prove the job's secret.
+
+        Args:
+            interface_address: IP address of this host on the process group's network.
+
+        Returns:
+            Address and port, to be told to the other hosts; the same again if it is asked again.
+
+        Raises:
+            KeeperError: if the keeper finds no secret in the environment that it was started with, or another one than this
+                process does, or cannot bind the address.
+            InputError: if this process's secret cannot be read.
+        """
+        secret = job_secret()
+        answer, _ = self._ask("listen", address=interface_address, secret_mark="" if secret is None else secret_mark(secret))
+        return str(answer["address"]), int(answer["port"])
+
+    def partner(self, address: str, port: int) -> None:
+        """Have each commit of this host's shards pushed to another host's keeper, in the background, from now on.
+
+        Args:
+            address: what ``listen`` returned there.
+            port: likewise.
+
+        Raises:
+            KeeperError: if the keeper finds no secret.
+        """
+        self._ask("partner", address=address, port=port)
+
+    def peer_generations(self, address: str, port: int) -> list[Generation]:
+        """Return what another host's keeper holds of this job.
+
+        Raises:
+            NoCopyError: if it cannot be reached, or refuses.
+        """
+        answer, _ = self._ask("peer_generations", address=address, port=port)
+        return [Generation(**{name: entry[name] for name in Generation._fields}) for entry in answer["generations"]]
+
+    def fetch(self, shard: str, step: int, address: str, port: int) -> int:
+        """Bring a step from another host's keeper into this one, every checksum compared, for ``load`` to find.
+
+        It is committed here if it is there, and takes the slot of the two that was not committed last.
+
+        Returns:
+            The bytes of data.
+
+        Raises:
+            NoCopyError: if the other keeper cannot be reached, refuses, or does not hold the step.
+            DamagedError: if it holds something else than was captured.
+            TooLittleMemoryError: if this host has no memory for it.
+        """
+        answer, _ = self._ask("fetch", shard=shard, step=step, address=address, port=port, wait_s=_FETCH_S)
+        return int(answer["bytes"])
+
+    def peer_status(self) -> dict[str, Any]:
+        """Return how the job's copies on other hosts fare; empty before ``listen`` and ``partner``.
+
+        Returns:
+            ``listening``: address and port; ``refused``: messages that were dropped, by reason; ``partner``: its address and
+            port; ``safe``: newest step that the partner holds, by shard; ``safe_step``: that it holds of all, -1 if of none;
+            ``age_s``: seconds since that was captured; ``pushed``, ``waiting``, ``overtaken``: commits of shards; ``bytes``:
+            sent; ``failures``: by reason, ``lost`` for the network's and ``refused`` for the partner's.
+        """
+        found: dict[str, Any] = self.status()["peers"].get(self.job, {})
+        return found
+
     def status(self) -> dict[str, Any]:
-        """Return the keeper's ``pid``, its number of ``clients``, of ``refused`` requests, and the bytes held by ``jobs``."""
+        """Return the keeper's ``pid``, numbers of ``clients`` and ``refused`` requests, the bytes of ``jobs``, and ``peers``."""
         answer, _ = self._ask("status")
         return answer
 
@@ -324,7 +352,11 @@ class KeeperClient:
         if "error" in answer:
             if answer["error"] == "memory":
                 raise TooLittleMemoryError(answer["message"], answer["needed_bytes"], answer["available_bytes"])
-            raise KeeperError(f"the keeper refused {do}: {answer['message']}")
+            if answer["error"] == "damaged":
+                chunk = None if answer["chunk"] < 0 else answer["chunk"]
+                raise DamagedError(fields["shard"], fields["step"], chunk, "a peer's copy differs from what was captured")
+            kind = NoCopyError if answer["error"] == "peer" else KeeperError
+            raise kind(f"the keeper refused {do}: {answer['message']}")
         return answer, descriptors
 
     def _lose(self, how: str) -> NoReturn:

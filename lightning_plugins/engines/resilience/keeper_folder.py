@@ -19,6 +19,7 @@ from pathlib import Path
 
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.engines.resilience.messages import peer_uid
+from lightning_plugins.engines.resilience.secret import FILE_VARIABLE
 
 SOCKET, LOCK, LOG = "keeper.sock", "keeper.lock", "keeper.log"
 START_S = 20.0
@@ -140,11 +141,21 @@ def _start(folder: Path, lock: int) -> None:
     """Start a keeper and return when it listens: the process started here ends then, and leaves the keeper as an orphan."""
     root = Path(__file__).parents[3]
     command = [sys.executable, "-m", _MODULE, str(folder), str(lock)]
+    environ = dict(os.environ)
+    if FILE_VARIABLE in environ:  # the keeper works in another folder, and reads the secret from there
+        environ[FILE_VARIABLE] = os.path.abspath(environ[FILE_VARIABLE])
     log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         # In the package's own folder, so that the keeper imports the same package wherever the trainer has it from.
         process = subprocess.Popen(
-            command, cwd=root, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=[lock]
+            command,
+            cwd=root,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            pass_fds=[lock],
         )
     finally:
         os.close(log)

@@ -15,18 +15,21 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
+from lightning_plugins.engines.resilience import slots
 from lightning_plugins.engines.resilience.host_memory import available_bytes
 from lightning_plugins.engines.resilience.keeper_slots import (
     Block,
     Job,
     RefusedError,
     Slot,
+    Source,
     free_slot,
     new_block,
     newest_of,
     with_spare,
 )
 
+COPIER = 0  # the writer of peers' copies; it writes each piece under the lock, so its memory can be used again at once
 WAIT_S = 30.0  # for checksums that are being computed of the very slot that has to be written next
 
 
@@ -113,8 +116,18 @@ class Records:
                 block.users.add(client)
             return blocks
 
-    def begin(self, client: int, job: str, shard: str, step: int, wanted_bytes: int) -> tuple[int, int, Block]:
+    def begin(
+        self, client: int, job: str, shard: str, step: int, wanted_bytes: int, copy: bool = False
+    ) -> tuple[int, int, Block]:
         """Hand out a slot for writing; there is nothing whole in it any more.
+
+        Args:
+            client: who writes.
+            job: name.
+            shard: name.
+            step: number.
+            wanted_bytes: size of the slot.
+            copy: whether it is what another host has captured; it gives way to whoever captures the shard here.
 
         Returns:
             The slot's index, the generation that is being written, and the memory.
@@ -128,8 +141,11 @@ class Records:
             slot = self._changed.wait_for(lambda: free_slot(pair), WAIT_S)
             if slot is None:
                 raise RefusedError(f"the checksums of the step before are not ready after {WAIT_S:g} s; capture less often")
-            abandoned = slot.state == "writing"
+            if copy and self._is_captured_here(pair):
+                raise RefusedError(f"shard {shard!r} is captured on this host; it takes no copy of it")
+            abandoned = slot.state == "writing" and slot.writer != COPIER
             generation = self._take(slot, client, step)
+            slot.is_copy = copy
             if slot.block is not None:
                 slot.block.users &= self._living
             foreign = slot.block is not None and (abandoned or bool(slot.block.users - {client}))
@@ -139,7 +155,7 @@ class Records:
                 with self._allocating:
                     given_back = 0 if slot.block is None or foreign else len(slot.block)
                     self._check_memory(with_spare(wanted_bytes) - given_back, f"a slot of {wanted_bytes} bytes")
-                    self._replace_block(slot, generation, wanted_bytes)
+                    self._replace_block(slot, generation, wanted_bytes, populate=not copy)
             with self._changed:
                 if slot.generation != generation or slot.block is None:
                     raise RefusedError(f"another client has begun to write shard {shard!r}; only one may write a shard")
@@ -165,8 +181,37 @@ class Records:
                     return slot, slot.block
         raise RefusedError(f"shard {shard!r} has no generation {generation} that this client writes; begin a new one")
 
-    def finish_seal(self, slot: Slot, generation: int, sealed: tuple[dict[str, Any], bytes] | None) -> None:
-        """Make a slot readable, or empty if ``sealed``, manifest and digest, is None."""
+    def write(self, target: tuple[str, str, int], offset: int, data: bytes | memoryview) -> None:
+        """Write a piece of a peer's copy into the slot that ``begin`` gave out for it.
+
+        Args:
+            target: job, shard and generation.
+            offset: from the block's start, in bytes.
+            data: the piece.
+
+        Raises:
+            RefusedError: if the slot has been taken for something else.
+        """
+        job, shard, generation = target
+        with self._changed:
+            for slot in self._pair(job, shard):
+                if slot.generation == generation and slot.state == "writing" and not slot.sealing and slot.block is not None:
+                    slot.block.mapping[offset : offset + len(data)] = data
+                    return
+        raise RefusedError(f"shard {shard!r} has no generation {generation} that is being copied; begin a new one")
+
+    def finish_seal(
+        self, slot: Slot, generation: int, sealed: tuple[dict[str, Any], bytes] | None, written_at: float | None = None
+    ) -> None:
+        """Make a slot readable, or empty if ``sealed``, manifest and digest, is None.
+
+        Args:
+            slot: that is being sealed.
+            generation: that is being sealed.
+            sealed: manifest and digest.
+            written_at: seconds since 1970; None is now.
+        """
+        content = b"" if sealed is None else slots.content_digest(sealed[0])
         with self._changed:
             if slot.generation == generation and slot.sealing:
                 slot.sealing = False
@@ -175,7 +220,8 @@ class Records:
                 else:
                     manifest, slot.digest = sealed
                     slot.state, slot.meta, slot.data_bytes = "sealed", manifest["meta"], manifest["data_bytes"]
-                    slot.written_at = time.time()
+                    slot.content = content
+                    slot.written_at = time.time() if written_at is None else written_at
             self._changed.notify_all()
 
     def commit(self, job: str, shard: str, step: int) -> None:
@@ -186,10 +232,26 @@ class Records:
         """
         with self._changed:
             self._whole(job, shard, step)
-            for pair in self.jobs[job].shards.values():
+            for pair in self._shards(job).values():
                 slot = newest_of(pair, step)
-                if slot is not None and slot.state == "sealed":
+                if slot is not None and slot.state == "sealed" and not slot.is_copy:
                     slot.state, slot.commit_number = "committed", next(self._numbers)
+
+    def commit_copy(self, job: str, shard: str, generation: int) -> None:
+        """Mark one sealed generation as committed; copies of later steps belong to a past that the run has given up.
+
+        Raises:
+            RefusedError: if it is not there.
+        """
+        with self._changed:
+            pair = self._pair(job, shard)
+            found = [slot for slot in pair if slot.generation == generation and slot.is_whole]
+            if not found:
+                raise RefusedError(f"shard {shard!r} holds no whole generation {generation}; begin a new one")
+            found[0].state, found[0].commit_number = "committed", next(self._numbers)
+            for slot in pair:
+                if slot.is_copy and slot.is_whole and slot.step > found[0].step:
+                    slot.clear()
 
     def discard(self, job: str, shard: str, step: int) -> None:
         """Empty the slots of a shard that hold a step, because it is damaged or belongs to a past that was given up."""
@@ -209,6 +271,36 @@ class Records:
             assert slot.block is not None
             return slot.generation, slot.digest, slot.block
 
+    def source(self, job: str, shard: str, step: int) -> Source:
+        """Return a whole step to be read piece by piece.
+
+        Raises:
+            RefusedError: if there is none.
+        """
+        with self._changed:
+            return Source.of(shard, self._whole(job, shard, step))
+
+    def newest_own(self, job: str) -> dict[str, Source]:
+        """Return the last commit of each shard that was captured on this host."""
+        with self._changed:
+            last = {shard: max(pair, key=lambda slot: slot.commit_number) for shard, pair in self._shards(job).items()}
+            return {shard: Source.of(shard, slot) for shard, slot in last.items() if slot.commit_number and not slot.is_copy}
+
+    def is_captured_here(self, job: str, shard: str) -> bool:
+        """Say whether a living client of this host writes a shard."""
+        with self._changed:
+            return self._is_captured_here(self._pair(job, shard))
+
+    def new_block(self, wanted_bytes: int) -> Block:
+        """Return memory that belongs to no slot, made while trainers go on asking.
+
+        Raises:
+            RefusedError: if it is not there.
+        """
+        with self._allocating:
+            self._check_memory(wanted_bytes, f"a block of {wanted_bytes} bytes")
+            return new_block(wanted_bytes, self._available, populate=False)
+
     def generations(self, job: str, shard: str | None) -> list[dict[str, Any]]:
         """Describe the slots that are not empty, of one shard or of all."""
         with self._changed:
@@ -221,8 +313,10 @@ class Records:
                     "bytes": slot.data_bytes if slot.is_whole else 0,
                     "meta": slot.meta if slot.is_whole else {},
                     "written_at": slot.written_at if slot.is_whole else 0.0,
+                    "is_copy": slot.is_copy,
+                    "digest": slot.content.hex() if slot.is_whole else "",
                 }
-                for name, pair in self.jobs[job].shards.items()
+                for name, pair in self._shards(job).items()
                 for slot in pair
                 if slot.state != "empty" and slot.step >= 0 and shard in (None, name)
             ]
@@ -235,8 +329,16 @@ class Records:
                 for name, job in self.jobs.items()
             }
 
+    def _shards(self, job: str) -> dict[str, tuple[Slot, Slot]]:
+        if job not in self.jobs:
+            raise RefusedError(f"job {job!r} is not held here any more")  # a peer may still ask for it
+        return self.jobs[job].shards
+
+    def _is_captured_here(self, pair: tuple[Slot, Slot]) -> bool:
+        return any(slot.block is not None and slot.block.users & self._living for slot in pair)
+
     def _pair(self, job: str, shard: str, make: bool = False) -> tuple[Slot, Slot]:
-        shards = self.jobs[job].shards
+        shards = self._shards(job)
         return shards.setdefault(shard, (Slot(), Slot())) if make else shards.get(shard, (Slot(), Slot()))
 
     def _whole(self, job: str, shard: str, step: int) -> Slot:
@@ -252,11 +354,11 @@ class Records:
         slot.state, slot.step, slot.writer, slot.generation = "writing", step, client, next(self._numbers)
         return slot.generation
 
-    def _replace_block(self, slot: Slot, generation: int, wanted_bytes: int) -> None:
+    def _replace_block(self, slot: Slot, generation: int, wanted_bytes: int, populate: bool = True) -> None:
         with self._changed:
             if slot.generation == generation:
                 slot.block = None  # first, so that its memory can be used for the next
-        block = new_block(with_spare(wanted_bytes), self._available)
+        block = new_block(with_spare(wanted_bytes), self._available, populate)
         with self._changed:
             if slot.generation == generation:
                 slot.block = block

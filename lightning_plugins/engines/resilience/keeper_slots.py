@@ -25,14 +25,18 @@ class RefusedError(Exception):
         self.kind, self.details = kind, details
 
 
+class OvertakenError(Exception):
+    """What was being read is being written anew."""
+
+
 class Block:
     """A block of memory, the keeper's own descriptor and mapping of it."""
 
     _numbers = count(1)
 
-    def __init__(self, capacity_bytes: int, available: Callable[[], int]) -> None:
+    def __init__(self, capacity_bytes: int, available: Callable[[], int], populate: bool = True) -> None:
         self.descriptor = slots.make_block(capacity_bytes, available)
-        self.mapping: mmap = slots.map_block(self.descriptor, writable=True)
+        self.mapping: mmap = slots.map_block(self.descriptor, writable=True, populate=populate)
         self.number = next(self._numbers)
         self.users: set[int] = set()  # clients that got it for writing
 
@@ -57,8 +61,10 @@ class Slot:
     commit_number: int = 0
     data_bytes: int = 0
     digest: bytes = b""
+    content: bytes = b""
     meta: dict[str, Any] = field(default_factory=dict)
     written_at: float = 0.0
+    is_copy: bool = False
 
     @property
     def is_whole(self) -> bool:
@@ -74,6 +80,68 @@ class Slot:
         if self.block is not None:
             slots.invalidate(self.block.mapping)
         self.state, self.step, self.generation, self.writer, self.sealing, self.commit_number = "empty", -1, 0, 0, False, 0
+        self.is_copy = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """A whole generation to be read piece by piece, while its slot may be taken for the next one.
+
+    Attributes:
+        shard: name.
+        step: number.
+        generation: that the slot has as long as the pieces are good.
+        state: ``sealed`` or ``committed``, when it was found.
+        data_bytes: length of the data.
+        digest: of the manifest.
+        content: see ``slots.content_digest``.
+        written_at: seconds since 1970.
+    """
+
+    shard: str
+    step: int
+    generation: int
+    state: str
+    data_bytes: int
+    digest: bytes
+    content: bytes
+    written_at: float
+    _slot: Slot = field(repr=False)
+    _block: Block = field(repr=False)
+
+    @classmethod
+    def of(cls, shard: str, slot: Slot) -> "Source":
+        """Return the source of a whole slot; to be called where no slot can change."""
+        assert slot.block is not None
+        numbers = (slot.step, slot.generation, slot.state, slot.data_bytes, slot.digest, slot.content, slot.written_at)
+        return cls(shard, *numbers, slot, slot.block)
+
+    @property
+    def block_bytes(self) -> int:
+        """How long the block is."""
+        return len(self._block)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return a copy of some bytes of the block.
+
+        Raises:
+            OvertakenError: if they may already be another generation's.
+        """
+        copied = self._block.mapping[offset : offset + length]
+        # A writer gets the block only after the slot has another generation: what was copied before is good.
+        if self._slot.generation != self.generation:
+            raise OvertakenError(f"step {self.step} of shard {self.shard!r} is being overwritten")
+        return copied
+
+    def manifest(self) -> bytes:
+        """Return the manifest as it stands in the block.
+
+        Raises:
+            OvertakenError: as for ``read``.
+        """
+        encoded = slots.stored_manifest(self._block.mapping)
+        self.read(0, 0)
+        return encoded
 
 
 @dataclass
@@ -104,14 +172,14 @@ def with_spare(wanted_bytes: int) -> int:
     return wanted_bytes + wanted_bytes // 64 + _SPARE_BYTES
 
 
-def new_block(wanted_bytes: int, available: Callable[[], int]) -> Block:
-    """Return new memory.
+def new_block(wanted_bytes: int, available: Callable[[], int], populate: bool = True) -> Block:
+    """Return new memory; ``populate`` as for ``slots.map_block``.
 
     Raises:
         RefusedError: if it is not there.
     """
     try:
-        return Block(wanted_bytes, available)
+        return Block(wanted_bytes, available, populate)
     except (OSError, OverflowError) as error:
         reason, left = f"{wanted_bytes} bytes of memory could not be had: {error}", available()
         raise RefusedError(reason, "memory", needed_bytes=wanted_bytes, available_bytes=left) from None

@@ -91,14 +91,15 @@ def make_block(capacity_bytes: int, available: Callable[[], int]) -> int:
     return descriptor
 
 
-def map_block(descriptor: int, writable: bool) -> mmap.mmap:
+def map_block(descriptor: int, writable: bool, populate: bool = True) -> mmap.mmap:
     """Return the block as memory of this process; the descriptor may be closed afterwards.
 
     Args:
         descriptor: of the block.
         writable: whether what is written reaches the block; if not, it stays in a private copy, page by page.
+        populate: whether all pages of a writable one are mapped at once, which stops all threads of this process meanwhile.
     """
-    flags = (mmap.MAP_SHARED | mmap.MAP_POPULATE) if writable else mmap.MAP_PRIVATE
+    flags = (mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0)) if writable else mmap.MAP_PRIVATE
     return mmap.mmap(descriptor, os.fstat(descriptor).st_size, flags=flags)
 
 
@@ -119,6 +120,17 @@ def encode_manifest(manifest: dict[str, Any]) -> bytes:
         TypeError: if it holds what JSON does not.
     """
     return json.dumps(manifest, separators=(",", ":")).encode()
+
+
+def stored_manifest(block: mmap.mmap) -> bytes:
+    """Return the manifest's bytes, wherever the header says; they may be damaged, and are none where the header is."""
+    _, _, _, _, offset, manifest_bytes, _ = _HEADER.unpack_from(block)
+    return block[offset : offset + manifest_bytes]
+
+
+def content_digest(manifest: dict[str, Any]) -> bytes:
+    """Return what two slots have in common if and only if step, meta, tensors and every bit of them are the same."""
+    return manifest_digest(encode_manifest({name: value for name, value in manifest.items() if name != "generation"}))
 
 
 def seal_block(block: mmap.mmap, data_bytes: int, draft_bytes: int, generation: int) -> tuple[dict[str, Any], bytes]:

@@ -3,12 +3,15 @@
 import mmap
 import time
 
+import torch
+from torch import nn
+
 from lightning_plugins import OkTopkStrategy, Preconditioner
 from lightning_plugins._lightning import Callback
 from lightning_plugins.callbacks.memory_checkpoint import MemoryCheckpoint
 from lightning_plugins.engines.resilience.commit import JobCommit
+from tests.callbacks.memory_checkpoint.runs import Regression, train
 from tests.callbacks.memory_checkpoint.runs import memory as memory_only
-from tests.callbacks.memory_checkpoint.runs import train
 from tests.ranks.rank import progress
 
 PHASES = ("start", "data", "forward", "backward", "optimizer", "capture", "end")
@@ -77,6 +80,26 @@ def run_combined(rank, world_size, path, job):
     curvature = Preconditioner("kfac", damping=0.1, factor_every=1, inverse_every=2, warmup_steps=0)
     strategy = OkTopkStrategy(density=0.2, threshold_every=3)
     return train(memory, curvature, phases, strategy=strategy, devices=world_size, max_epochs=4)
+
+
+class Wide(Regression):
+    """Has gradients that become ready in another order than that of its parameters, and enough of them to see it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.first, self.second = nn.Linear(4, 300), nn.Linear(300, 4)
+        self.net = nn.Sequential(nn.Identity(), self.net)
+
+    def training_step(self, batch, batch_idx):
+        inputs, indices = batch
+        return super().training_step((inputs + self.second(self.first(inputs).tanh()), indices), batch_idx)
+
+
+def run_wide(rank, world_size, path, job):
+    """Train a wider net in plain DDP."""
+    phases = Phases(f"{path}{rank}")
+    return train(memory_only(job), phases, module=Wide(), strategy="ddp", devices=world_size, max_epochs=4)
 
 
 def run(rank, world_size, path, job, lazy=False, **options):

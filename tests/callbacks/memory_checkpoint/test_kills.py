@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from lightning_plugins.engines.resilience.keeper_client import KeeperClient
-from tests.callbacks.memory_checkpoint.killed import PHASES, run, run_combined
+from tests.callbacks.memory_checkpoint.killed import PHASES, run, run_combined, run_wide
 from tests.callbacks.memory_checkpoint.runs import same
 from tests.ranks.client import kill_times
 
@@ -76,6 +76,21 @@ def test_killed_at_any_time(ranks, keeper, tmp_path, world_size, lazy):
     differing, hit, resumed = trials(ranks, keeper, tmp_path, world_size, 4, seed=os.getpid(), lazy=lazy)
     print(f"phases hit: {dict(hit)}; {resumed} runs went on from memory")
     assert differing == []
+
+
+def test_three_ranks_add_up_in_the_same_order(ranks, keeper, tmp_path):
+    """DDP lays its buckets out anew after the first pass of every start, and then adds three numbers in another order."""
+    path = str(tmp_path / "phase")
+    for rank in range(3):
+        (tmp_path / f"phase{rank}").write_bytes(bytes(2))
+    whole = ranks.run(run_wide, 3, path, "whole", init=False, env=keeper, timeout_s=120)
+    with ranks.start(run_wide, 3, path, "killed", init=False, env=keeper, timeout_s=120) as handle:
+        handle.wait_for(("batch", 4))
+        handle.kill(1)
+        handle.join(120, until_failure=True)
+    found = ranks.run(run_wide, 3, path, "killed", init=False, env=keeper, timeout_s=120)
+    assert [same(*pair) for pair in zip(whole, found, strict=True)] == [[]] * 3
+    assert len(found[0]["seen"]) < len(whole[0]["seen"])
 
 
 def test_with_a_preconditioner_and_sparse_gradients(ranks, keeper, tmp_path):
