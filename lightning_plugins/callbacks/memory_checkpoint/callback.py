@@ -5,6 +5,7 @@ keeper); that process computes checksums; when all ranks are that far the step i
 begins, after a crash, goes on from the newest step that all ranks can obtain, with the same bits.
 """
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -21,9 +22,12 @@ from lightning_plugins.callbacks.memory_checkpoint._ddp_seams import GradientOrd
 from lightning_plugins.callbacks.memory_checkpoint._seams import OpenedLoop, refuse_loaders
 from lightning_plugins.callbacks.memory_checkpoint.stopping import EXIT_CODE, StopSignal
 from lightning_plugins.engines.resilience.commit import make_store
+from lightning_plugins.engines.resilience.neighbours import interface_address
+from lightning_plugins.engines.resilience.recovery import Memory
 from lightning_plugins.engines.resilience.state_tree import check_loads
 from lightning_plugins.engines.resilience.tiers import Place, Tiers
 
+log = logging.getLogger(__name__)
 PATIENT_S = 10.0  # for the other ranks' last capture, when all stop
 
 
@@ -37,7 +41,11 @@ class MemoryCheckpoint(Callback):
 
     At SIGTERM all ranks stop after the same step, capture, and exit with code 143.
 
-    It is made for one device and for DDP on one host. Under ``memory_checkpoint/`` it logs ``blocked_ms`` (of the last capture),
+    On several hosts pairs of keepers hold each other's copies, if the job has a secret: the variable
+    ``LIGHTNING_PLUGINS_JOB_SECRET_FILE`` names a file of mode 0600, the same on all hosts. What travels is authenticated, and not
+    encrypted.
+
+    It is made for one device and for DDP. Under ``memory_checkpoint/`` it logs ``blocked_ms`` (of the last capture),
     ``captured_mb`` and ``committed_step``.
 
     Args:
@@ -109,7 +117,9 @@ class MemoryCheckpoint(Callback):
         job = trainer.strategy.broadcast(self.job or jobs.default_job(trainer.default_root_dir))
         fit = jobs.next_fit(job)
         meta = {**jobs.fingerprint(pl_module), "world_size": trainer.world_size}
-        place = Place(trainer.global_rank, trainer.local_rank, trainer.world_size)
+        place = Place(
+            trainer.global_rank, trainer.local_rank, trainer.world_size, trainer.node_rank, trainer.num_nodes, _rank_0_address()
+        )
         self._store = _store(trainer)
         folder = self._folder(trainer, job, fit)
         self._tiers = Tiers(f"{job}/{fit}", meta, place, self._store, self.linger_s, folder, self.disk_every_n_steps)
@@ -117,6 +127,8 @@ class MemoryCheckpoint(Callback):
         self._checked = False
         if (found := self._tiers.find(self.resume)) is not None:
             rank_zero_info(f"going on from step {found.step}, from {found.source}")
+            if trainer.global_rank > 0 and found.source != Memory.name:
+                log.warning("rank %d goes on from step %d, from %s", trainer.global_rank, found.step, found.source)
             self._rank_state = found.state.pop("rank_state", None)
             self._gradient_order = found.state["gradient_order"]
             self._loop.resume(found.state)
@@ -173,6 +185,10 @@ class MemoryCheckpoint(Callback):
         """Return the folder of this fit's steps on disk, the same on all ranks."""
         if self.disk_dir is False:
             return None
+        if trainer.num_nodes > 1:
+            if self.disk_dir is not None:
+                rank_zero_warn("no states go to disk: a step of several hosts is not gathered yet; they keep each other's copies")
+            return None
         root = Path(self.disk_dir or Path(trainer.default_root_dir) / "memory_checkpoint" / job)
         return Path(trainer.strategy.broadcast(str(root.absolute() / f"fit-{fit}")))
 
@@ -226,7 +242,7 @@ def refuse_strategy(trainer: Trainer) -> None:
     """Refuse what this callback is not made for, by name.
 
     Raises:
-        InputError: for a strategy whose ranks hold parts of the model, and for several hosts.
+        InputError: for a strategy whose ranks hold parts of the model.
     """
     strategies = submodule("strategies")
     strategy = trainer.strategy
@@ -239,17 +255,20 @@ def refuse_strategy(trainer: Trainer) -> None:
         raise InputError(
             f"MemoryCheckpoint is made for one device and for DDP, got {type(strategy).__name__}; use ModelCheckpoint"
         )
-    if trainer.num_nodes > 1:
-        raise InputError(f"MemoryCheckpoint has no copies on other hosts yet, got num_nodes={trainer.num_nodes}; use one host")
 
 
 def _store(trainer: Trainer) -> Store | None:
-    """Return a store of this start, whose port rank 0 tells the others."""
+    """Return a store of this start, of which rank 0 tells the others where it is."""
     if trainer.world_size == 1:
         return None
-    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     if trainer.global_rank == 0:
+        address = interface_address(_rank_0_address())
         store = make_store(0, trainer.world_size, address)
-        trainer.strategy.broadcast(store.port)
+        trainer.strategy.broadcast([address, store.port])
         return store
-    return make_store(trainer.global_rank, trainer.world_size, address, trainer.strategy.broadcast(None))
+    told: Any = trainer.strategy.broadcast(None)
+    return make_store(trainer.global_rank, trainer.world_size, *told)
+
+
+def _rank_0_address() -> str:
+    return os.environ.get("MASTER_ADDR", "127.0.0.1")

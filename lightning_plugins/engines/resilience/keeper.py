@@ -354,6 +354,8 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, keeper.stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # A trainer waits for the answers; threads that compute checksums shall not hold the interpreter for as long as they may.
+    sys.setswitchinterval(0.0005)
     keeper.serve()
     remove_files(folder)
     # Threads may still be in the middle of a seal of what nobody can ask for any more.

@@ -16,7 +16,7 @@ from lightning_plugins.engines.resilience import disk_folder
 from lightning_plugins.engines.resilience.agreement import common_steps, everywhere
 from lightning_plugins.engines.resilience.disk import read_step
 from lightning_plugins.engines.resilience.disk_steps import step_folder, steps
-from lightning_plugins.engines.resilience.keeper_client import KeeperClient
+from lightning_plugins.engines.resilience.keeper_client import Generation, KeeperClient
 from lightning_plugins.engines.resilience.keeper_folder import KeeperError
 from lightning_plugins.engines.resilience.shards import SHARED, join, own_shard
 from lightning_plugins.engines.resilience.slots import DamagedError
@@ -75,6 +75,57 @@ class Memory:
     def load(self, step: int) -> dict[str, Any]:
         """See ``Source``."""
         return join(*(self._client.load(shard, step)[0] for shard in self._shards))
+
+
+class Neighbours:
+    """The keepers of other hosts; what they hold comes into this host's keeper first.
+
+    Args:
+        client: of this rank.
+        addresses: of their keepers.
+        rank: whose states are looked for.
+    """
+
+    name = "the memory of another host"
+
+    def __init__(self, client: KeeperClient, addresses: Sequence[tuple[str, int]], rank: int) -> None:
+        self._client, self._addresses, self._shards = client, addresses, (SHARED, own_shard(rank))
+        self._places: dict[tuple[str, int], list[tuple[str, int] | None]] = {}  # of each shard and step; None is this host
+
+    def metas(self) -> dict[int, Meta]:
+        """See ``Source``."""
+        metas: dict[tuple[str, int], Meta] = {}
+        for address in (None, *self._addresses):
+            for one in self._held_at(address):
+                if one.shard in self._shards and one.state != "writing":
+                    metas[one.shard, one.step] = one.meta
+                    self._places.setdefault((one.shard, one.step), []).append(address)
+        shared, own = self._shards
+        return {step: meta for (shard, step), meta in metas.items() if shard == own and metas.get((shared, step)) == meta}
+
+    def load(self, step: int) -> dict[str, Any]:
+        """See ``Source``."""
+        return join(*(self._load(shard, step) for shard in self._shards))
+
+    def _held_at(self, address: tuple[str, int] | None) -> list[Generation]:
+        try:
+            return self._client.generations() if address is None else self._client.peer_generations(*address)
+        except KeeperError as error:
+            log.warning("a keeper cannot be asked: %s", error)
+            return []
+
+    def _load(self, shard: str, step: int) -> dict[str, Any]:
+        failure: Exception | None = None
+        for address in self._places[shard, step]:
+            try:
+                if address is not None:
+                    self._client.fetch(shard, step, *address)
+                state: dict[str, Any] = self._client.load(shard, step)[0]
+                return state
+            except (DamagedError, KeeperError) as error:
+                failure = error
+        assert failure is not None
+        raise failure
 
 
 class Disk:

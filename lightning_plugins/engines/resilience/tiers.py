@@ -18,7 +18,8 @@ from lightning_plugins.engines.resilience.commit import JobCommit
 from lightning_plugins.engines.resilience.disk_client import DiskWriter
 from lightning_plugins.engines.resilience.keeper_client import KeeperClient, TooLittleMemoryError
 from lightning_plugins.engines.resilience.keeper_folder import KeeperError
-from lightning_plugins.engines.resilience.recovery import Disk, Found, Memory, Meta, Source, find
+from lightning_plugins.engines.resilience.neighbours import Address, meet
+from lightning_plugins.engines.resilience.recovery import Disk, Found, Memory, Meta, Neighbours, Source, find
 from lightning_plugins.engines.resilience.shards import SHARED, own_shard, split
 from lightning_plugins.engines.resilience.state_tree import pack
 
@@ -34,11 +35,17 @@ class Place(NamedTuple):
         rank: among all.
         local_rank: on this host.
         ranks: their number.
+        node: number of this host.
+        nodes: number of hosts.
+        toward: address of rank 0's host.
     """
 
     rank: int
     local_rank: int
     ranks: int
+    node: int = 0
+    nodes: int = 1
+    toward: str = "127.0.0.1"
 
 
 class Tiers:
@@ -76,6 +83,7 @@ class Tiers:
         self._writer: DiskWriter | None = None
         self._resumed_from: int | None = None
         self._to_disk = 0  # newest step that has gone there, or that the run goes on from
+        self._neighbours: list[Address] = []
         self._connect()
 
     @property
@@ -93,6 +101,8 @@ class Tiers:
             InputError: with ``resume=True``, if all that there is does not fit.
         """
         sources: list[Source] = [Memory(self._client, self._place.rank)]
+        if self._neighbours:
+            sources.append(Neighbours(self._client, self._neighbours, self._place.rank))
         if self._disk_dir is not None:
             sources.append(Disk(self._disk_dir, self._job, self._place.rank))
         metas = [meta for source in sources for meta in source.metas().values()]
@@ -139,10 +149,11 @@ class Tiers:
         try:
             begun = {shard: self._client.begin(shard, pack(parts[shard]), step, self._meta) for shard in self._commit.shards}
             later = begun.get(SHARED) if lazy else None
-            for writing in begun.values():
-                if writing is not later:
-                    writing.copy()
-                    writing.seal()
+            at_once = [writing for writing in begun.values() if writing is not later]
+            for writing in at_once:
+                writing.copy()
+            for writing in at_once:  # checksums would take the processor from copies
+                writing.seal()
         except KeeperError as error:
             self._replace_keeper(error)
             return 0
@@ -182,6 +193,10 @@ class Tiers:
         self._client = KeeperClient(self._job, linger_s=self._linger_s)
         shards = [own_shard(self._place.rank), *([SHARED] if self._place.local_rank == 0 else [])]
         self._commit = JobCommit(self._client, shards, self._store, self._place.ranks)
+        place = self._place
+        if self._store is not None and place.nodes > 1:
+            first = place.local_rank == 0
+            self._neighbours = meet(self._client, self._store, place.node, place.nodes, first, place.toward)
 
     def _replace_keeper(self, error: object) -> None:
         log.warning("%s; MemoryCheckpoint goes on with a new one", error)

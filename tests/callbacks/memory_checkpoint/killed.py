@@ -1,6 +1,7 @@
 """The ranks' side of the tests that kill: a training that says in a file in which phase it is, byte by byte."""
 
 import mmap
+import os
 import time
 
 import torch
@@ -100,6 +101,13 @@ def run_wide(rank, world_size, path, job):
     """Train a wider net in plain DDP."""
     phases = Phases(f"{path}{rank}")
     return train(memory_only(job), phases, module=Wide(), strategy="ddp", devices=world_size, max_epochs=4)
+
+
+def run_on_hosts(rank, world_size, path, folders, job):
+    """Train in plain DDP, a rank a host, each with a keeper of its own."""
+    os.environ["XDG_RUNTIME_DIR"] = folders[rank]
+    phases = Phases(f"{path}{rank}")
+    return train(memory_only(job), phases, strategy="ddp", devices=1, num_nodes=world_size, max_epochs=6)
 
 
 def run(rank, world_size, path, job, lazy=False, **options):
