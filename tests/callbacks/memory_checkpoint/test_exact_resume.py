@@ -102,6 +102,7 @@ ROWS = TensorDataset(torch.randn(8, 4))
     [
         (DataLoader(Numbers()), "reads Numbers, iterable and without a state"),
         (DataLoader(ROWS, num_workers=1, persistent_workers=True), "has persistent_workers=True"),
+        (Counting(Numbers()), "one batch ahead of a loader without a length"),
         ([DataLoader(ROWS), Counting(ROWS)], "either all training loaders have a state_dict or none"),
     ],
 )
