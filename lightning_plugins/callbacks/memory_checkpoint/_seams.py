@@ -154,8 +154,8 @@ def refuse_loaders(trainer: Trainer) -> None:
         raise InputError("either all training loaders have a state_dict or none; wrap the others in StatefulDataLoader, too")
     if any(stateful) and fetcher.length is None:
         raise InputError(
-            "Lightning fetches one batch ahead of a loader without a length, so its state is that of a later batch; give the data "
-            "set a __len__, the number of its samples"
+            "Lightning fetches one batch ahead of a loader without a length, so its state is that of a later batch; give the "
+            "data set a __len__, the number of its samples"
         )
     for number, (one, has_state) in enumerate(zip(loader.flattened, stateful, strict=True)):
         data_set = getattr(one, "dataset", one)
