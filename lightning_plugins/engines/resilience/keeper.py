@@ -68,6 +68,13 @@ class Keeper:
         os.set_blocking(self._wake_writer, False)
         self._seals = threading.Semaphore(max(1, min(4, (os.cpu_count() or 1) // 4)))
 
+    def obey_signals(self) -> None:
+        """Stop at SIGTERM, also at one that comes right before ``serve`` waits."""
+        signal.signal(signal.SIGTERM, self.stop)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
+
     def stop(self, *signal_and_frame: object) -> None:
         """Have ``serve`` return soon, whatever is held."""
         self._stopping = True
@@ -80,13 +87,15 @@ class Keeper:
             ready, _, _ = select.select([self._listener.fileno(), self._wake_reader], [], [], wait_s)
             if self._wake_reader in ready:
                 os.read(self._wake_reader, 4096)
+            if self._stopping:  # before anything that may wait for another host
+                return
             if self._listener.fileno() in ready:
                 self._accept()
             wait_s = self.records.expire()
             if self._peers is not None:
                 self._peers.close_others(list(self.records.jobs))
             with self._lock:
-                if self._stopping or not (self._clients or self.records.jobs):
+                if not (self._clients or self.records.jobs):
                     return
 
     def _accept(self) -> None:
@@ -351,9 +360,7 @@ def main(arguments: list[str]) -> int:
         os._exit(0)
     os.set_inheritable(lock, False)
     os.chdir("/")
-    signal.signal(signal.SIGTERM, keeper.stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    keeper.obey_signals()
     # A trainer waits for the answers; threads that compute checksums shall not hold the interpreter for as long as they may.
     sys.setswitchinterval(0.0005)
     keeper.serve()
