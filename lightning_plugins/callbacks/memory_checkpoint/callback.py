@@ -54,8 +54,8 @@ class MemoryCheckpoint(Callback):
         lazy: copy parameters and optimizer state while the next forward and backward pass run, and have the optimizer wait for
             the rest of the copy; for modules whose parameters nothing but an optimizer changes.
         disk_dir: folder of the states on disk; None is one under ``default_root_dir``, False is no disk tier.
-        disk_every_n_steps: optimizer steps between two states that go to disk; they are written by a process of its own, which
-            survives the trainer, and the newest two are kept.
+        disk_every_n_steps: optimizer steps between two captured states that go to disk; they are written by a process of its
+            own, which survives the trainer, and the newest two are kept.
         resume: ``"auto"`` goes on from a state of the same job, module, parameters and number of ranks, and starts afresh where
             there is none; ``True`` refuses to start afresh where there is one that does not fit; ``False`` always starts afresh.
         linger_s: how long the memory outlives the last trainer of a job that did not end cleanly.
@@ -78,11 +78,8 @@ class MemoryCheckpoint(Callback):
     ) -> None:
         if not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise InputError(f"every_n_steps must be 1 step or more, got {every_n_steps}; 10 loses at most ten steps")
-        if not isinstance(disk_every_n_steps, int) or disk_every_n_steps < every_n_steps:
-            raise InputError(
-                f"disk_every_n_steps must be every_n_steps={every_n_steps} or more, got {disk_every_n_steps}; only "
-                "what has been captured goes to disk"
-            )
+        if not isinstance(disk_every_n_steps, int) or disk_every_n_steps < 1:
+            raise InputError(f"disk_every_n_steps must be 1 step or more, got {disk_every_n_steps}; 1 writes every captured step")
         if disk_dir is True or disk_dir == "":
             raise InputError(f"disk_dir must be a folder, False or None, got {disk_dir!r}; None makes one under default_root_dir")
         if resume not in ("auto", True, False):
