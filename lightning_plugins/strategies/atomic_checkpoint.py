@@ -11,7 +11,7 @@ Cost: one fsync a checkpoint, no copy in memory, and room for one checkpoint mor
 """
 
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -40,4 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
-            torch.save(checkpoint, file)
+            self._write(checkpoint, file)
+
+    def _write(self, checkpoint: dict[str, Any], file: IO[bytes]) -> None:
+        torch.save(checkpoint, file)

@@ -13,12 +13,11 @@ Cost: reading a file twice, the first time at the speed of the disk; while writi
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch.distributed as dist
 
 from lightning_plugins._lightning import built_for
-from lightning_plugins._support.atomic import atomic_write
 from lightning_plugins.engines.resilience.disk_archive import check_archive, save_checked
 from lightning_plugins.engines.resilience.disk_checkpoint import is_step, read_checkpoint
 from lightning_plugins.strategies.atomic_checkpoint import AtomicCheckpointIO
@@ -37,20 +36,6 @@ class VerifiedCheckpointIO(AtomicCheckpointIO):
 
     def __repr__(self) -> str:
         return f"VerifiedCheckpointIO() [{built_for()}]"
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write ``checkpoint`` to ``path``, making its folder.
-
-        Raises:
-            OSError: as the file system says, or torch's RuntimeError for it; ``path`` then holds what it held before.
-            TypeError: if ``storage_options`` are given.
-        """
-        if storage_options is not None or "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            save_checked(checkpoint, file)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
@@ -77,3 +62,6 @@ class VerifiedCheckpointIO(AtomicCheckpointIO):
                 )
         settings = {} if weights_only is None else {"weights_only": weights_only}  # older Lightnings do not take it
         return super().load_checkpoint(path, map_location=map_location, **settings)
+
+    def _write(self, checkpoint: dict[str, Any], file: IO[bytes]) -> None:
+        save_checked(checkpoint, file)

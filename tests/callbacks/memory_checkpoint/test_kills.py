@@ -78,33 +78,20 @@ def test_killed_at_any_time(ranks, keeper, tmp_path, world_size, lazy):
     assert differing == []
 
 
-def test_three_ranks_add_up_in_the_same_order(ranks, keeper, tmp_path):
-    """DDP lays its buckets out anew after the first pass of every start, and then adds three numbers in another order."""
+@pytest.mark.parametrize(("function", "world_size", "batch"), [(run_wide, 3, 4), (run_combined, 2, 8)])
+def test_killed_at_a_batch(ranks, keeper, tmp_path, function, world_size, batch):
+    """Plain DDP of three ranks, which lays its buckets out anew after the first pass of every start, and adds three numbers in
+    another order then; and all three, Preconditioner, OkTopkStrategy and MemoryCheckpoint, in one Trainer."""
     path = str(tmp_path / "phase")
-    for rank in range(3):
+    for rank in range(world_size):
         (tmp_path / f"phase{rank}").write_bytes(bytes(2))
-    whole = ranks.run(run_wide, 3, path, "whole", init=False, env=keeper, timeout_s=120)
-    with ranks.start(run_wide, 3, path, "killed", init=False, env=keeper, timeout_s=120) as handle:
-        handle.wait_for(("batch", 4))
+    whole = ranks.run(function, world_size, path, "whole", init=False, env=keeper, timeout_s=120)
+    with ranks.start(function, world_size, path, "killed", init=False, env=keeper, timeout_s=120) as handle:
+        handle.wait_for(("batch", batch))
         handle.kill(1)
         handle.join(120, until_failure=True)
-    found = ranks.run(run_wide, 3, path, "killed", init=False, env=keeper, timeout_s=120)
-    assert [same(*pair) for pair in zip(whole, found, strict=True)] == [[]] * 3
-    assert len(found[0]["seen"]) < len(whole[0]["seen"])
-
-
-def test_with_a_preconditioner_and_sparse_gradients(ranks, keeper, tmp_path):
-    """All three in one Trainer; residuals and thresholds are each rank's own."""
-    path = str(tmp_path / "phase")
-    for rank in range(2):
-        (tmp_path / f"phase{rank}").write_bytes(bytes(2))
-    whole = ranks.run(run_combined, 2, path, "whole", init=False, env=keeper, timeout_s=120)
-    with ranks.start(run_combined, 2, path, "killed", init=False, env=keeper, timeout_s=120) as handle:
-        handle.wait_for(("batch", 8))
-        handle.kill(1)
-        handle.join(120, until_failure=True)
-    found = ranks.run(run_combined, 2, path, "killed", init=False, env=keeper, timeout_s=120)
-    assert [same(*pair) for pair in zip(whole, found, strict=True)] == [[], []]
+    found = ranks.run(function, world_size, path, "killed", init=False, env=keeper, timeout_s=120)
+    assert [same(*pair) for pair in zip(whole, found, strict=True)] == [[]] * world_size
     assert all(len(one["seen"]) < len(other["seen"]) for one, other in zip(found, whole, strict=True))
 
 

@@ -1,9 +1,12 @@
-"""Canaries: what `_seams.py` touches of Lightning still is where it was. Each name that goes is named here."""
+"""Canaries: what `_seams.py` touches of Lightning, and `_ddp_seams.py` of DDP, still is where it was. Each name that goes is
+named here."""
 
 import inspect
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 from torchmetrics import MeanMetric
 
 from lightning_plugins._lightning import Trainer, submodule
@@ -64,3 +67,10 @@ def test_metrics_keep_their_states_as_attributes():
     metric.update(torch.tensor(3.0))
     assert set(metric._defaults) == {"mean_value", "weight"}
     assert (float(metric.mean_value), metric._update_count, metric.state_dict()) == (3.0, 1, {})
+
+
+def test_ddp_has_what_a_replay_of_its_first_pass_needs():
+    missing = [name for name in ("prepare_for_forward", "prepare_for_backward") if not hasattr(dist.Reducer, name)]
+    source = inspect.getsource(nn.parallel.DistributedDataParallel.__init__)
+    missing += [name for name in ("self._comm_hooks", "self.find_unused_parameters") if name not in source]
+    assert not missing, f"DDP has no {missing} any more: see callbacks/memory_checkpoint/_ddp_seams.py"
