@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lightning_plugins._support.errors import one_line
 from lightning_plugins._support.failpoints import failpoint
 from lightning_plugins.engines.resilience import disk, disk_folder
 from lightning_plugins.engines.resilience.keeper_client import KeeperClient
-from lightning_plugins.engines.resilience.keeper_folder import KeeperError, connect
+from lightning_plugins.engines.resilience.keeper_folder import KeeperError, KeeperLostError
 
 NICENESS = 10
 FAILURES_KEPT = 10
@@ -187,10 +188,8 @@ class Writer:
             except KeeperError:
                 self._client.close()
                 self._client = None
-        connection = connect(self.keeper_folder)
-        if connection is not None:
-            connection.close()
-            self._client = KeeperClient(self.job, linger_s=self.linger_s, folder=self.keeper_folder)
+        with suppress(KeeperLostError):
+            self._client = KeeperClient(self.job, linger_s=self.linger_s, folder=self.keeper_folder, start=False)
         return self._client
 
 

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from mmap import mmap
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +25,13 @@ from torch import Tensor
 from lightning_plugins._support.errors import InputError
 from lightning_plugins._support.failpoints import failpoint
 from lightning_plugins.engines.resilience import slot_tensors, slots
-from lightning_plugins.engines.resilience.keeper_folder import KeeperError, KeeperLostError, connect_or_start, private_folder
+from lightning_plugins.engines.resilience.keeper_folder import (
+    KeeperError,
+    KeeperLostError,
+    connect,
+    connect_or_start,
+    private_folder,
+)
 from lightning_plugins.engines.resilience.keeper_values import Captured as Captured
 from lightning_plugins.engines.resilience.keeper_values import Generation as Generation
 from lightning_plugins.engines.resilience.keeper_values import NoCopyError as NoCopyError
@@ -92,13 +98,15 @@ class KeeperClient:
         job: name under which shards are kept; clients of one job see the same shards.
         linger_s: how long the job's memory outlives its last client, unless ``end`` is called.
         folder: where the keeper's socket is; None is the user's own, see ``private_folder``.
+        start: whether to start a keeper where there is none.
 
     Raises:
         InputError: on a system other than Linux, for a folder that is not private, or for bad values.
+        KeeperLostError: if there is no keeper and none is to be started.
         KeeperError: if a keeper can neither be found nor started.
     """
 
-    def __init__(self, job: str, *, linger_s: float = 300.0, folder: str | Path | None = None) -> None:
+    def __init__(self, job: str, *, linger_s: float = 300.0, folder: str | Path | None = None, start: bool = True) -> None:
         if not hasattr(os, "memfd_create"):
             raise InputError(f"captures in memory need Linux, this is {sys.platform}; capture to disk instead")
         if not job or not 0 <= linger_s < float("inf"):
@@ -110,7 +118,7 @@ class KeeperClient:
         self._views: dict[int, tuple[Any, list[Tensor]]] = {}  # by the block's address: the layout they were made for
         self._written: dict[str, dict[int, int]] = {}  # by shard: generations of the last steps that this client has begun
         self._connection: socket.socket | None = None
-        self.keeper_pid = self._join(linger_s)
+        self.keeper_pid = self._join(linger_s, connect_or_start if start else connect)
         _clients.add(self)
 
     def __enter__(self) -> "KeeperClient":
@@ -321,11 +329,13 @@ class KeeperClient:
             self._connection.close()
             self._connection = None
 
-    def _join(self, linger_s: float) -> int:
-        """Say hello; a keeper that is just ending does not answer, and has a successor soon."""
+    def _join(self, linger_s: float, reach: Callable[[Path], socket.socket | None]) -> int:
+        """Say hello; a keeper that is just ending does not answer, and may have a successor soon."""
         deadline = time.monotonic() + _ANSWER_S
         while True:
-            self._connection = connect_or_start(self.folder)
+            if (connection := reach(self.folder)) is None:
+                raise KeeperLostError(f"there is no keeper in {self.folder}; a KeeperClient with start=True starts one")
+            self._connection = connection
             try:
                 answer, _ = self._ask("hello", job=self.job, linger_s=linger_s, protocol=PROTOCOL)
                 return int(answer["pid"])

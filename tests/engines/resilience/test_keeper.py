@@ -516,6 +516,27 @@ def test_a_lost_keeper_is_an_error_and_the_next_client_gets_a_new_one(folder):
             successor.end()
 
 
+def test_who_may_start_none_starts_none_even_next_to_one_that_is_dying(folder):
+    with pytest.raises(KeeperLostError, match="there is no keeper in"):
+        KeeperClient("job", folder=folder, start=False)
+    assert list(folder.iterdir()) == []
+    # A killed keeper's socket takes connections until the last of its threads has gone.
+    with keeper_folder.listen(folder) as listener:
+
+        def die():
+            connection, _ = listener.accept()
+            listener.close()
+            connection.close()
+
+        dying = threading.Thread(target=die)
+        dying.start()
+        with pytest.raises(KeeperLostError, match="there is no keeper in"):
+            KeeperClient("job", folder=folder, start=False)
+        dying.join()
+    assert [path.name for path in folder.iterdir()] == ["keeper.sock"]
+    (folder / "keeper.sock").unlink()
+
+
 def test_a_keeper_that_cannot_start_says_why(folder, monkeypatch):
     monkeypatch.setattr(keeper_folder, "_MODULE", "lightning_plugins.engines.resilience.no_keeper")
     with pytest.raises(KeeperError, match=r"could not be started .*exit code 1.*No module named"):
