@@ -333,7 +333,7 @@ class Handle:
                 lines.append(f"rank {rank} of {self.world_size} {returned} and ended with exit code {self._codes[rank]}")
             else:
                 lines.append(f"rank {rank} of {self.world_size} was still running")
-            if self._codes.get(rank) != 0 and (printed := self.output(rank).strip()):
+            if self._codes.get(rank) != 0 and (printed := _without_modules(self.output(rank)).strip()):
                 lines.append(f"--- last output of rank {rank}\n{printed[-OUTPUT_CHARACTERS:]}")
         return "\n".join(lines)
 
@@ -372,3 +372,8 @@ def _read(path: str) -> str:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return ""
+
+
+def _without_modules(text: str) -> str:
+    """Leave out the list of all extension modules that a process writes when a signal ends it: it hides what went before."""
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("Extension modules: "))

@@ -160,8 +160,12 @@ def _redirect_output(folder: str, number: int) -> None:
 
 def _call(job: dict[str, Any], number: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     import numpy
+    import torch
     import torch.distributed as dist
 
+    # Torch renews its pool of threads when a forked process first asks for it. Several threads of autograd at once race for that,
+    # and one that finds no pool aborts the process, so it is asked for here.
+    torch.set_num_threads(torch.get_num_threads())
     random.seed()
     numpy.random.seed()  # noqa: NPY002 (what a process of its own would have: ranks do not share the server's generators)
     if job["init"]:

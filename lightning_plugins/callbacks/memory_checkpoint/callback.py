@@ -20,6 +20,7 @@ from lightning_plugins._support.errors import InputError
 from lightning_plugins.callbacks.memory_checkpoint import job as jobs
 from lightning_plugins.callbacks.memory_checkpoint._ddp_seams import GradientOrder, replay
 from lightning_plugins.callbacks.memory_checkpoint._seams import OpenedLoop, refuse_loaders
+from lightning_plugins.callbacks.memory_checkpoint._sharded_seams import is_sharded, layout, put_back, take_pieces
 from lightning_plugins.callbacks.memory_checkpoint.stopping import EXIT_CODE, StopSignal
 from lightning_plugins.engines.resilience.commit import make_store
 from lightning_plugins.engines.resilience.neighbours import interface_address
@@ -45,8 +46,8 @@ class MemoryCheckpoint(Callback):
     ``LIGHTNING_PLUGINS_JOB_SECRET_FILE`` names a file of mode 0600, the same on all hosts. What travels is authenticated, and not
     encrypted.
 
-    It is made for one device and for DDP. Under ``memory_checkpoint/`` it logs ``blocked_ms`` (of the last capture),
-    ``captured_mb`` and ``committed_step``.
+    It is made for one device, for DDP, and for ``ModelParallelStrategy`` (FSDP2), where each rank captures its own pieces. Under
+    ``memory_checkpoint/`` it logs ``blocked_ms`` (of the last capture), ``captured_mb`` and ``committed_step``.
 
     Args:
         job: name of the run; left out, a hash of the script's path and ``default_root_dir``.
@@ -111,9 +112,16 @@ class MemoryCheckpoint(Callback):
         if stage != "fit" or getattr(trainer, "fast_dev_run", False):
             return
         refuse_strategy(trainer)
+        if not is_sharded(trainer):
+            self._open(trainer, pl_module, {"world_size": trainer.world_size})
+        elif self.lazy:
+            rank_zero_warn("lazy=True has no effect with ModelParallelStrategy: every rank copies its pieces at once")
+
+    def _open(self, trainer: Trainer, pl_module: LightningModule, place_meta: dict[str, Any]) -> dict[str, Any] | None:
+        """Connect the tiers; return the state that they hold of this job, which the loop goes on from."""
         job = trainer.strategy.broadcast(self.job or jobs.default_job(trainer.default_root_dir))
         fit = jobs.next_fit(job)
-        meta = {**jobs.fingerprint(pl_module), "world_size": trainer.world_size}
+        meta = {**jobs.fingerprint(pl_module), **place_meta}
         place = Place(
             trainer.global_rank, trainer.local_rank, trainer.world_size, trainer.node_rank, trainer.num_nodes, _rank_0_address()
         )
@@ -122,16 +130,24 @@ class MemoryCheckpoint(Callback):
         self._tiers = Tiers(f"{job}/{fit}", meta, place, self._store, self.linger_s, folder, self.disk_every_n_steps)
         self._loop = OpenedLoop(trainer, lambda: self._between_iterations(trainer))
         self._checked = False
-        if (found := self._tiers.find(self.resume)) is not None:
-            rank_zero_info(f"going on from step {found.step}, from {found.source}")
-            if trainer.global_rank > 0 and found.source != Memory.name:
-                log.warning("rank %d goes on from step %d, from %s", trainer.global_rank, found.step, found.source)
-            self._rank_state = found.state.pop("rank_state", None)
-            self._gradient_order = found.state["gradient_order"]
-            self._loop.resume(found.state)
+        found = self._tiers.find(self.resume)
+        if found is None:
+            return None
+        rank_zero_info(f"going on from step {found.step}, from {found.source}")
+        if trainer.global_rank > 0 and found.source != Memory.name:
+            log.warning("rank %d goes on from step %d, from %s", trainer.global_rank, found.step, found.source)
+        self._rank_state = found.state.pop("rank_state", None)
+        self._gradient_order = found.state["gradient_order"]
+        self._loop.resume(found.state)
+        return found.state
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Step back where the user has named a checkpoint."""
+        """Step back where the user has named a checkpoint; put pieces back, which a rank has only now."""
+        pieces = None
+        if is_sharded(trainer) and not getattr(trainer, "fast_dev_run", False):
+            pieces = self._open(trainer, pl_module, {"world_size": trainer.world_size, "layout": layout(trainer)})
+        if pieces is not None and trainer.ckpt_path is None:
+            put_back(trainer, pieces)
         if self._loop is not None and trainer.ckpt_path is not None and self._loop.give_up():
             self._rank_state = None
             self._gradient_order = []
@@ -211,14 +227,16 @@ class MemoryCheckpoint(Callback):
         tiers.settle()
         if not tiers.active:
             return
-        state = self._loop.take()
+        sharded = is_sharded(trainer)
+        state = take_pieces(self._loop) if sharded else self._loop.take()
         if hasattr(trainer.strategy, "rank_state_dict"):
             state["rank_state"] = trainer.strategy.rank_state_dict()
         state["gradient_order"] = self._gradient_order or (self._order.names if self._order is not None else [])
         if not self._checked:
             check_loads(state)
             self._checked = True
-        captured = tiers.capture(step, state, {name for name, _ in trainer.lightning_module.named_parameters()}, self.lazy)
+        parameters = None if sharded else {name for name, _ in trainer.lightning_module.named_parameters()}
+        captured = tiers.capture(step, state, parameters, self.lazy and not sharded)
         self._numbers = {
             "blocked_ms": 1e3 * (time.perf_counter() - start_s),
             "captured_mb": 1e-6 * captured,
@@ -239,19 +257,18 @@ def refuse_strategy(trainer: Trainer) -> None:
     """Refuse what this callback is not made for, by name.
 
     Raises:
-        InputError: for a strategy whose ranks hold parts of the model.
+        InputError: for a strategy that keeps the model, or what it saves, in a way of its own.
     """
     strategies = submodule("strategies")
     strategy = trainer.strategy
-    if type(strategy).__name__ in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
+    made_for = "MemoryCheckpoint is made for one device, DDP and ModelParallelStrategy (FSDP2)"
+    if type(strategy).__name__ in ("FSDPStrategy", "DeepSpeedStrategy"):
         raise InputError(
-            f"MemoryCheckpoint is made for one device and for DDP, got {type(strategy).__name__}, whose ranks hold parts of the "
-            "model; use ModelCheckpoint there"
+            f"{made_for}, got {type(strategy).__name__}, which keeps the ranks' parts of the model in a way of its own; use "
+            "ModelParallelStrategy with fully_shard, or ModelCheckpoint"
         )
-    if not isinstance(strategy, strategies.SingleDeviceStrategy | strategies.DDPStrategy):
-        raise InputError(
-            f"MemoryCheckpoint is made for one device and for DDP, got {type(strategy).__name__}; use ModelCheckpoint"
-        )
+    if not is_sharded(trainer) and not isinstance(strategy, strategies.SingleDeviceStrategy | strategies.DDPStrategy):
+        raise InputError(f"{made_for}, got {type(strategy).__name__}; use ModelCheckpoint")
 
 
 def _store(trainer: Trainer) -> Store | None:

@@ -26,6 +26,8 @@ def next_fit(job: str) -> int:
 
 
 def fingerprint(module: nn.Module) -> dict[str, Any]:
-    """Return what a state has to fit: the module's class, and a checksum of the names and shapes of its parameters."""
-    shapes = ";".join(f"{name}:{tuple(parameter.shape)}" for name, parameter in module.named_parameters())
+    """Return what a state has to fit: the module's class, and a checksum of its parameters' names, shapes and placements."""
+    shapes = ";".join(
+        f"{name}:{tuple(parameter.shape)}{getattr(parameter, 'placements', '')}" for name, parameter in module.named_parameters()
+    )
     return {"module": f"{type(module).__module__}.{type(module).__qualname__}", "parameters": zlib.crc32(shapes.encode())}

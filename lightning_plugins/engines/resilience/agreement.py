@@ -1,6 +1,7 @@
 """Which step the ranks go on from: the newest that each of them can obtain."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,15 @@ def everywhere(condition: bool, group: dist.ProcessGroup | None = None) -> bool:
     failures = torch.tensor([int(not condition)], device=_device(group))
     dist.all_reduce(failures, group=group)
     return int(failures) == 0
+
+
+def first_reason(reason: str, group: dist.ProcessGroup | None = None) -> str:
+    """Return what the first rank that has a reason says, on all ranks; empty if none has."""
+    if not _several(group):
+        return reason
+    reasons: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(reasons, reason, group=group)
+    return next(filter(None, reasons), "")
 
 
 def _several(group: dist.ProcessGroup | None) -> bool:

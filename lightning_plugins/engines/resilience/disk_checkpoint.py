@@ -1,14 +1,16 @@
 """A step on disk as the one checkpoint that Lightning knows: what all replicas share, and what is one rank's own."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.engines.resilience.disk import read_step
 from lightning_plugins.engines.resilience.disk_steps import MANIFEST, read_manifest, step_folder, steps
+from lightning_plugins.engines.resilience.pieces import PIECES, assemble
 from lightning_plugins.engines.resilience.shards import SHARED, join, own_shard
 
-_EXACT = ("exact_resume", "rank_state")
+_EXACT = ("exact_resume", "rank_state", "gradient_order")
 
 
 def is_step(path: str | Path) -> bool:
@@ -18,7 +20,7 @@ def is_step(path: str | Path) -> bool:
 
 
 def read_checkpoint(path: str | Path, rank: int = 0) -> dict[str, Any]:
-    """Return the ordinary checkpoint that a step holds; what only exact resuming needs is left out.
+    """Return the ordinary checkpoint that a step holds, all tensors whole; what only exact resuming needs is left out.
 
     Args:
         path: the step's folder.
@@ -36,4 +38,7 @@ def read_checkpoint(path: str | Path, rank: int = 0) -> dict[str, Any]:
     if SHARED not in shards or own_name not in shards:
         raise InputError(f"{path} has the shards {', '.join(shards)}, not those of replicas; read them with read_step")
     checkpoint = join(read_step(path, SHARED), read_step(path, own_name))
+    if PIECES in checkpoint:
+        others = (read_step(path, name) for name in shards if name not in (SHARED, own_name))
+        checkpoint = assemble(chain([checkpoint], others))
     return {name: value for name, value in checkpoint.items() if name not in _EXACT}

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-Path = tuple[str | int, ...]
+from lightning_plugins.engines.resilience.pieces import Path, pieces
 
 
 class Record(NamedTuple):
@@ -52,7 +52,7 @@ class KeyTable:
 
         Args:
             prefix: that all its paths begin with.
-            state: nested dicts and lists.
+            state: nested dicts and lists; its ``pieces`` are chunks of whole tensors, whose paths have no prefix.
             tensors: those of it that have been written, each once.
             records: where each of them lies.
             save: writes any other value.
@@ -64,6 +64,8 @@ class KeyTable:
                 self.add_tensor(path, value, record)
             else:
                 self._add(path, BytesStorageMetadata(), None, save(value))
+        for path, piece, shape, offset in pieces(state):
+            self._add_chunk(path, piece, shape, offset, known[_identity(piece)])
 
     def add_tensor(self, path: Path, tensor: Tensor, record: Record) -> None:
         """Add a tensor that has been written."""
@@ -75,6 +77,16 @@ class KeyTable:
     def metadata(self) -> bytes:
         """Return the file's content."""
         return pickle.dumps(Metadata(self._kinds, planner_data=self._paths, storage_data=self._places))
+
+    def _add_chunk(self, path: Path, piece: Tensor, shape: torch.Size, offset: torch.Size, record: Record) -> None:
+        """Add a part of a tensor that lies on several ranks; a part that several of them hold counts once."""
+        key = ".".join(map(str, path))
+        kind = self._kinds.setdefault(key, TensorStorageMetadata(TensorProperties(dtype=piece.dtype), shape, []))
+        self._paths[key] = path
+        place = MetadataIndex(key, offset)
+        if piece.numel() and place not in self._places:
+            kind.chunks.append(ChunkStorageMetadata(offset, torch.Size(piece.shape)))
+            self._places[place] = _StorageInfo(*record)
 
     def _add(self, path: Path, kind: Any, origin: torch.Size | None, record: Record) -> None:
         key = wanted = ".".join(map(str, path))

@@ -15,13 +15,15 @@ def own_shard(rank: int) -> str:
     return f"rank{rank}"
 
 
-def split(state: dict[str, Any], parameters: Set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split(state: dict[str, Any], parameters: Set[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a replica's state in two parts: what all replicas have alike, and what is this rank's.
 
     Args:
         state: as ``OpenedLoop.take`` returns it; it is not changed.
-        parameters: names of the module's parameters.
+        parameters: names of the module's parameters; None if each rank holds pieces, so that nothing is alike.
     """
+    if parameters is None:
+        return {"state_dict": {}, "optimizer_states": [{} for _ in state["optimizer_states"]]}, state
     weights, optimizers = state["state_dict"], state["optimizer_states"]
     shared = {
         "state_dict": {name: value for name, value in weights.items() if name in parameters},

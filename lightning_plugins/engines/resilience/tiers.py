@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import Store
 
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.engines.resilience import disk_folder
+from lightning_plugins.engines.resilience.agreement import first_reason
 from lightning_plugins.engines.resilience.commit import JobCommit
 from lightning_plugins.engines.resilience.disk_client import DiskWriter
 from lightning_plugins.engines.resilience.keeper_client import KeeperClient, TooLittleMemoryError
@@ -98,19 +99,22 @@ class Tiers:
             resume: ``"auto"``, True or False, as ``MemoryCheckpoint`` has it.
 
         Raises:
-            InputError: with ``resume=True``, if all that there is does not fit.
+            InputError: with ``resume=True``, on all ranks, if all that there is does not fit.
         """
         sources: list[Source] = [Memory(self._client, self._place.rank)]
         if self._neighbours:
             sources.append(Neighbours(self._client, self._neighbours, self._place.rank))
         if self._disk_dir is not None:
             sources.append(Disk(self._disk_dir, self._job, self._place.rank))
-        metas = [meta for source in sources for meta in source.metas().values()]
-        if metas and not any(map(self._fits, metas)):
-            if resume is True:
-                raise InputError(f"resume=True, and {self._misfit(metas[0])}; resume='auto' starts afresh")
-            log.warning("starting afresh: %s", self._misfit(metas[0]))
-        found = find(sources if resume is not False else [], self._fits)
+        found = find(sources, self._fits) if resume is not False else None
+        if found is None and resume is not False:
+            metas = [meta for source in sources for meta in source.metas().values() if not self._fits(meta)]
+            # Another number of ranks leaves some of them without a state: all have to say the same.
+            if misfit := first_reason(self._misfit(metas[0]) if metas else ""):
+                if resume is True:
+                    raise InputError(f"resume=True, and {misfit}; resume='auto' starts afresh")
+                if self._place.rank == 0:
+                    log.warning("starting afresh: %s", misfit)
         if found is not None:
             self._resumed_from = self._to_disk = found.step
         for one in self._client.generations():
@@ -132,13 +136,13 @@ class Tiers:
             self._to_disk = self.committed
             self._write(self.committed)
 
-    def capture(self, step: int, state: dict[str, Any], parameters: Set[str], lazy: bool) -> int:
+    def capture(self, step: int, state: dict[str, Any], parameters: Set[str] | None, lazy: bool) -> int:
         """Copy what this rank captures; the step before is settled.
 
         Args:
             step: number.
             state: see ``shards.split``.
-            parameters: names of the module's parameters.
+            parameters: see ``shards.split``.
             lazy: whether parameters and what optimizers keep of them are copied by a thread, until ``wait_copied``.
 
         Returns:
@@ -235,6 +239,8 @@ class Tiers:
     def _misfit(self, meta: Meta) -> str:
         if meta.get("world_size") != self._meta["world_size"]:
             return f"there is a state of {meta.get('world_size')} ranks, and there are {self._meta['world_size']}"
+        if meta.get("layout") != self._meta.get("layout"):
+            return f"there is a state of ranks in the layout {meta.get('layout')}, and this is {self._meta.get('layout')}"
         return f"there is a state of {meta.get('module')} with other parameters than this {self._meta['module']}"
 
 

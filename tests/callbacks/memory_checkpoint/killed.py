@@ -6,9 +6,12 @@ import time
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_plugins import OkTopkStrategy, Preconditioner
-from lightning_plugins._lightning import Callback
+from lightning_plugins._lightning import Callback, submodule
 from lightning_plugins.callbacks.memory_checkpoint import MemoryCheckpoint
 from lightning_plugins.engines.resilience.commit import JobCommit
 from tests.callbacks.memory_checkpoint.runs import Regression, train
@@ -101,6 +104,40 @@ def run_wide(rank, world_size, path, job):
     """Train a wider net in plain DDP."""
     phases = Phases(f"{path}{rank}")
     return train(memory_only(job), phases, module=Wide(), strategy="ddp", devices=world_size, max_epochs=4)
+
+
+class Sharded(Regression):
+    """Rows of its layers lie on all ranks, not in equal numbers; the normalization lies on each."""
+
+    def __init__(self, tensor_parallel=False):
+        super().__init__()
+        torch.manual_seed(5)
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 4, bias=False)
+        self.tensor_parallel = tensor_parallel
+
+    def configure_model(self):
+        if self.tensor_parallel:
+            plan = {"first": ColwiseParallel(output_layouts=Replicate()), "second": RowwiseParallel(input_layouts=Replicate())}
+            parallelize_module(self, self.device_mesh["tensor_parallel"], plan)
+        else:
+            for part in (self.first, self.second, self.net[0]):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        inputs, indices = batch
+        return super().training_step((inputs + self.second(self.first(inputs).tanh()), indices), batch_idx)
+
+
+def run_sharded(rank, world_size, path, job, tensor_parallel=False, **options):
+    """Train with a model of which each rank holds a part."""
+    sizes = {"data_parallel_size": 1, "tensor_parallel_size": world_size} if tensor_parallel else {}
+    strategy = submodule("strategies").ModelParallelStrategy(
+        **{"data_parallel_size": world_size, "tensor_parallel_size": 1, **sizes}, save_distributed_checkpoint=False
+    )
+    memory = memory_only(job, **options)
+    return train(
+        memory, Phases(f"{path}{rank}"), module=Sharded(tensor_parallel), strategy=strategy, devices=world_size, max_epochs=4
+    )
 
 
 def run_on_hosts(rank, world_size, path, folders, job):

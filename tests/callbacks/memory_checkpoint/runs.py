@@ -10,6 +10,7 @@ import random
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanMetric
 
@@ -131,6 +132,8 @@ def facts(trainer, module):
 
 
 def bits(value):
+    if isinstance(value, DTensor):
+        value = value.to_local()
     return torch.as_tensor(value).detach().cpu().numpy().tobytes().hex()
 
 

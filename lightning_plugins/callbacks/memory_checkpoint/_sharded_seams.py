@@ -1,0 +1,69 @@
+"""The private touches of ``ModelParallelStrategy``: each rank captures its own pieces, and puts them back by itself.
+
+That strategy gathers or moves to the CPU all that a checkpoint has, and restores from files alone, after it has been set up. Here
+modules and optimizers are asked directly: their tensors are where they are, and nothing travels.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_plugins._lightning import Trainer
+from lightning_plugins.callbacks.memory_checkpoint._seams import OpenedLoop
+from lightning_plugins.engines.resilience.pieces import Path, pieces, take_apart
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Say whether ranks hold pieces of the model, and restore after the strategy has set it up."""
+    return type(trainer.strategy).__name__ == "ModelParallelStrategy"
+
+
+def layout(trainer: Trainer) -> str:
+    """Return how ranks are laid out: pieces fit no other layout."""
+    mesh = trainer.strategy.device_mesh  # type: ignore[attr-defined]
+    return ", ".join(f"{name}={size}" for name, size in zip(mesh.mesh_dim_names, mesh.shape, strict=True))
+
+
+def take_pieces(loop: OpenedLoop) -> dict[str, Any]:
+    """Return what ``loop.take`` returns, with this rank's pieces of parameters and optimizer states."""
+    strategy = loop.trainer.strategy
+    module = loop.trainer.lightning_module
+    ways: dict[str, Any] = {
+        "lightning_module_state_dict": lambda: module.state_dict(),
+        "optimizer_state": lambda optimizer: optimizer.state_dict(),
+    }
+    vars(strategy).update(ways)
+    try:
+        return take_apart(loop.take())
+    finally:
+        for name in ways:
+            vars(strategy).pop(name)
+
+
+def put_back(trainer: Trainer, state: Mapping[str, Any]) -> None:
+    """Put pieces where they were; the strategy has been set up, with the same layout."""
+    module, shapes = trainer.lightning_module, {path: shape for path, _, shape, _ in pieces(state)}
+
+    def rebuilt(path: Path, value: Any, like: Tensor) -> Any:
+        if path not in shapes or not isinstance(like, DTensor):
+            return value
+        stride = torch.empty(shapes[path], device="meta").stride()
+        local = value.to(like.device)
+        return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=shapes[path], stride=stride)
+
+    own = module.state_dict()
+    weights = {name: rebuilt(("state_dict", name), value, own[name]) for name, value in state["state_dict"].items()}
+    module.load_state_dict(weights, strict=module.strict_loading)
+    for number, (optimizer, saved) in enumerate(zip(trainer.optimizers, state["optimizer_states"], strict=True)):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        states = {
+            index: {
+                name: rebuilt(("optimizer_states", number, "state", str(index), name), value, parameters[index])
+                for name, value in of_parameter.items()
+            }
+            for index, of_parameter in saved["state"].items()
+        }
+        optimizer.load_state_dict({**saved, "state": states})
