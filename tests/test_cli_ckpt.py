@@ -1,6 +1,7 @@
 """`lightning ckpt`: what it lists, that no damage passes, and that an exported file is a checkpoint for everybody."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -102,6 +103,14 @@ def test_ls_shows_memory(home):
         client.wait_sealed("shared", 10, 10)
         done = ckpt(home, "ls")
         assert f"  job my-run/0  12.3 MB  keeper {client.keeper_pid}\n" in done.stdout
+        assert re.search(r"\n    step 10  shards here: 1  \d s old  not committed by all ranks\n", done.stdout)
+        client.commit("shared", 10)
+        for shard in ("shared", "rank0"):
+            client.capture(shard, pack({"a": torch.zeros(3)}), 20, {})
+            client.wait_sealed(shard, 20, 10)
+        client.commit("shared", 20)
+        lines = [re.sub(r"\d s old", "", line) for line in ckpt(home, "ls").stdout.splitlines() if "shards here" in line]
+        assert lines == ["    step 20  shards here: 2    committed", "    step 10  shards here: 1    committed"]
         client.end()
     deadline = time.monotonic() + 10
     while keeper_of(folder) is not None and time.monotonic() < deadline:

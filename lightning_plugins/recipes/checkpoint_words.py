@@ -40,6 +40,9 @@ def _ls(arguments: list[str]) -> int:
     print("In memory" if jobs else "In memory: nothing; no keeper of yours holds a job")
     for one in jobs:
         print(f"  job {one.job}  {_size(one.bytes)}  keeper {one.keeper_pid}")
+        for held in one.steps:
+            state = "committed" if held.is_committed else "not committed by all ranks"
+            print(f"    step {held.step}  shards here: {held.shards}  {_age(time.time() - held.written_at)} old  {state}")
     found = list(_step_folders(folder))
     print("On disk" if found else f"On disk: no steps in {folder} or below it")
     for path in found:

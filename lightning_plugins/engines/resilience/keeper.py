@@ -142,7 +142,7 @@ class Keeper:
         peers = {} if self._peers is None else self._peers.status()
         with self._lock:
             known = {"pid": os.getpid(), "clients": len(self._clients), "refused": self._refused}
-        return {**known, "jobs": self.records.summary(), "peers": peers}
+        return {**known, "jobs": self.records.summary(), "steps": self.records.steps(), "peers": peers}
 
     def peers(self) -> "KeeperPeers":
         """Return what deals with other hosts; imported only when somebody asks, as the keeper has to start fast."""

@@ -17,11 +17,29 @@ class JobInMemory(NamedTuple):
         job: name.
         bytes: of its slots, used or not.
         keeper_pid: the keeper's process.
+        steps: the whole ones, newest first.
     """
 
     job: str
     bytes: int
     keeper_pid: int
+    steps: list["StepInMemory"]
+
+
+class StepInMemory(NamedTuple):
+    """One step of a job.
+
+    Attributes:
+        step: number.
+        shards: how many of it this host has.
+        is_committed: whether all ranks had it, as far as this host was told.
+        written_at: seconds since 1970.
+    """
+
+    step: int
+    shards: int
+    is_committed: bool
+    written_at: float
 
 
 def jobs_in_memory(folder: str | Path | None = None) -> list[JobInMemory]:
@@ -38,5 +56,9 @@ def jobs_in_memory(folder: str | Path | None = None) -> list[JobInMemory]:
                 send(connection, {"do": "status"})
                 answer = receive(connection, _ANSWER_S)
             if answer is not None:
-                return [JobInMemory(job, size, answer[0]["pid"]) for job, size in sorted(answer[0]["jobs"].items())]
+                status = answer[0]
+                return [
+                    JobInMemory(job, size, status["pid"], [StepInMemory(*step) for step in status["steps"].get(job, [])])
+                    for job, size in sorted(status["jobs"].items())
+                ]
     return []

@@ -11,7 +11,7 @@ writes to what nobody reads.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
 
@@ -329,6 +329,11 @@ class Records:
                 for name, job in self.jobs.items()
             }
 
+    def steps(self) -> dict[str, list[tuple[int, int, bool, float]]]:
+        """Return the whole steps of each job, newest first: number, how many shards, whether all are committed, when written."""
+        with self._changed:
+            return {name: sorted(_steps_of(job), reverse=True) for name, job in self.jobs.items()}
+
     def _shards(self, job: str) -> dict[str, tuple[Slot, Slot]]:
         if job not in self.jobs:
             raise RefusedError(f"job {job!r} is not held here any more")  # a peer may still ask for it
@@ -372,3 +377,11 @@ class Records:
                 needed_bytes=needed_bytes,
                 available_bytes=available,
             )
+
+
+def _steps_of(job: Job) -> Iterator[tuple[int, int, bool, float]]:
+    whole = [slot for pair in job.shards.values() for slot in pair if slot.is_whole]
+    for step in {slot.step for slot in whole}:
+        slots = [slot for slot in whole if slot.step == step]
+        is_committed = all(slot.state == "committed" for slot in slots)
+        yield step, len(slots), is_committed, max(slot.written_at for slot in slots)
