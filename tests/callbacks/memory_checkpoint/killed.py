@@ -19,7 +19,6 @@ from tests.callbacks.memory_checkpoint.runs import memory as memory_only
 from tests.ranks.rank import progress
 
 PHASES = ("start", "data", "forward", "backward", "optimizer", "capture", "end")
-OPTIONS = {"max_epochs": 2}
 STEP_S = 0.02  # added to forward, backward, data and optimizer, so that kills find them
 
 
@@ -147,10 +146,9 @@ def run_on_hosts(rank, world_size, path, folders, job):
     return train(memory_only(job), phases, strategy="ddp", devices=1, num_nodes=world_size, max_epochs=6)
 
 
-def run(rank, world_size, path, job, lazy=False, **options):
+def run(rank, world_size, path, job, memory=(), max_epochs=2):
     """Train, and return what has to be alike."""
     phases = Phases(f"{path}{rank}")
     watched(phases)
     strategy = {"strategy": "ddp", "devices": world_size} if world_size > 1 else {}
-    memory = memory_only(job, lazy=lazy)
-    return train(memory, phases, **{**OPTIONS, **strategy, **options})
+    return train(memory_only(job, **dict(memory)), phases, max_epochs=max_epochs, **strategy)

@@ -7,9 +7,11 @@ from collections import Counter
 import pytest
 import torch
 
+from lightning_plugins.engines.resilience.disk_steps import steps
 from lightning_plugins.engines.resilience.keeper_client import KeeperClient
 from tests.callbacks.memory_checkpoint.killed import PHASES, run, run_combined, run_sharded, run_wide
 from tests.callbacks.memory_checkpoint.runs import same
+from tests.engines.resilience.keeper_parts import eventually
 from tests.ranks.client import kill_times
 
 pytestmark = pytest.mark.adapter
@@ -34,26 +36,36 @@ def keeper(tmp_path, monkeypatch):
         client.end()
 
 
-def trials(ranks, env, folder, world_size, count, seed, lazy=False):
-    """Kill one rank of each of ``count`` runs, start again, and return what differed and the phases that were hit."""
+def trials(ranks, env, folder, world_size, count, seed, lazy=False, disk=False):
+    """Kill one rank of each of ``count`` runs, start again, and return what differed and the phases that were hit.
+
+    With ``disk`` the runs are longer, the time counts from the first step on disk, and every third run has lost its memory as
+    well when it is started again.
+    """
     path = str(folder / "phase")
-    for rank in range(world_size):
-        with open(f"{path}{rank}", "wb") as file:
-            file.write(bytes(2))
-    with ranks.start(run, world_size, path, "whole", lazy, init=False, env=env, timeout_s=120) as handle:
+
+    def arguments(job):
+        for rank in range(world_size):
+            with open(f"{path}{rank}", "wb") as file:
+                file.write(bytes(2))
+        memory = {"disk_dir": str(folder / job), "disk_every_n_steps": 2} if disk else {}
+        return run, world_size, path, job, {"lazy": lazy, **memory}, 24 if disk else 2
+
+    def wait(handle, job):
         handle.wait_for("training")
+        assert not disk or eventually(lambda: steps(folder / job / "fit-0", thorough=False), 60)
+
+    with ranks.start(*arguments("whole"), init=False, env=env, timeout_s=120) as handle:
+        wait(handle, "whole")
         start_s = time.monotonic()
         handle.join(120, until_failure=True)
         within_s = time.monotonic() - start_s
         whole = handle.results()
-    differing, hit, resumed = [], Counter(), 0
+    differing, hit, resumed = [], Counter(), Counter()
     for number, (rank, seconds) in zip(range(count), kill_times(seed, world_size, within_s), strict=False):
         job = f"trial {number}"
-        for other in range(world_size):
-            with open(f"{path}{other}", "r+b") as file:
-                file.write(bytes(2))
-        with ranks.start(run, world_size, path, job, lazy, init=False, env=env, timeout_s=120) as handle:
-            handle.wait_for("training")
+        with ranks.start(*arguments(job), init=False, env=env, timeout_s=120) as handle:
+            wait(handle, job)
             handle.kill_at(rank, seconds)
             codes = handle.join(120, until_failure=True)
         if codes[rank] == 0:  # it was faster
@@ -62,20 +74,25 @@ def trials(ranks, env, folder, world_size, count, seed, lazy=False):
             phase, committing = file.read(2)
         hit[PHASES[phase]] += 1
         hit["commit"] += committing
-        found = ranks.run(run, world_size, path, job, lazy, init=False, env=env, timeout_s=120)
+        # All of a job's processes are killed right after its rank: the disk writer leaves what it was about to write.
+        hit["disk"] += any((folder / job).glob("fit-0/.*.part"))
+        if loses_memory := disk and number % 3 == 2:
+            with KeeperClient(f"{job}/0") as client:
+                client.end()
+        found = ranks.run(*arguments(job), init=False, env=env, timeout_s=120)
         differing += [
             (number, PHASES[phase], of_rank, names)
             for of_rank in range(world_size)
             if (names := same(whole[of_rank], found[of_rank]))
         ]
-        resumed += len(found[0]["seen"]) < len(whole[0]["seen"])
+        resumed["disk" if loses_memory else "memory"] += len(found[0]["seen"]) < len(whole[0]["seen"])
     return differing, hit, resumed
 
 
-@pytest.mark.parametrize(("world_size", "lazy"), [(1, False), (2, False), (2, True)])
-def test_killed_at_any_time(ranks, keeper, tmp_path, world_size, lazy):
-    differing, hit, resumed = trials(ranks, keeper, tmp_path, world_size, 4, seed=os.getpid(), lazy=lazy)
-    print(f"phases hit: {dict(hit)}; {resumed} runs went on from memory")
+@pytest.mark.parametrize(("world_size", "lazy", "disk"), [(1, False, True), (2, False, False), (2, True, False)])
+def test_killed_at_any_time(ranks, keeper, tmp_path, world_size, lazy, disk):
+    differing, hit, resumed = trials(ranks, keeper, tmp_path, world_size, 4, seed=os.getpid(), lazy=lazy, disk=disk)
+    print(f"phases hit: {dict(hit)}; runs went on from {dict(resumed)}")
     assert differing == []
 
 
@@ -131,10 +148,19 @@ def test_sigterm_stops_all_ranks_after_the_same_step(ranks, keeper, tmp_path, wo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world_size", "lazy", "count"), [(1, False, 150), (2, False, 100), (2, True, 50)])
-def test_killed_three_hundred_times(ranks, keeper, tmp_path, world_size, lazy, count):
-    differing, hit, resumed = trials(ranks, keeper, tmp_path, world_size, count, seed=world_size, lazy=lazy)
-    print(f"phases hit: {dict(hit)}; {resumed} runs went on from memory")
+def test_killed_three_hundred_times(ranks, keeper, tmp_path):
+    differing, hit, resumed = [], Counter(), Counter()
+    for number, (world_size, lazy, disk, count) in enumerate(
+        [(1, False, False, 90), (2, False, False, 90), (2, True, False, 60), (1, False, True, 60)]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        found = trials(ranks, keeper, folder, world_size, count, seed=number, lazy=lazy, disk=disk)
+        print(f"{count} runs of {world_size}, lazy={lazy}, disk={disk}: phases hit {dict(found[1])}, went on {dict(found[2])}")
+        differing += found[0]
+        hit, resumed = hit + found[1], resumed + found[2]
+    print(f"phases hit: {dict(hit)}; runs went on from {dict(resumed)}")
     assert differing == []
-    assert resumed > count / 4
-    assert min(hit[phase] for phase in (*PHASES[1:6], "commit")) >= 5
+    assert resumed["memory"] > 100
+    assert resumed["disk"] >= 10
+    assert min(hit[phase] for phase in (*PHASES[1:6], "commit", "disk")) >= 10
