@@ -44,7 +44,7 @@ class PowerSGDStrategy(DDPStrategy):
         self.model.register_comm_hook(self, _counted_powersgd)
 
 
-def _counted_powersgd(strategy: PowerSGDStrategy, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+def _counted_powersgd(strategy: PowerSGDStrategy, bucket: dist.GradBucket) -> Future[Tensor]:
     state, buffer = strategy.powersgd, bucket.buffer()
     dense = state.iter < state.start_powerSGD_iter
     sent_before = state.compression_stats()[2]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch._C._distributed_c10d import Store
+from torch.distributed import Store
 from torch.optim import Optimizer
 
 from lightning_plugins._lightning import Callback, LightningModule, Trainer, submodule

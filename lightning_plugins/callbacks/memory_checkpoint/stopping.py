@@ -12,7 +12,7 @@ import time
 from types import FrameType
 from typing import Any
 
-from torch._C._distributed_c10d import Store
+from torch.distributed import Store
 
 AHEAD = 2  # steps
 EXIT_CODE = 128 + signal.SIGTERM

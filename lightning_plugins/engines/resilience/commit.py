@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 
-from torch._C._distributed_c10d import Store, TCPStore
+from torch.distributed import Store, TCPStore
 
 from lightning_plugins._support.failpoints import failpoint
 from lightning_plugins.engines.resilience.keeper_client import KeeperClient, Writing

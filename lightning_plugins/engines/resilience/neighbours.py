@@ -6,7 +6,7 @@ import socket
 from collections.abc import Sequence
 from datetime import timedelta
 
-from torch._C._distributed_c10d import Store
+from torch.distributed import Store
 
 from lightning_plugins.engines.resilience.keeper_client import KeeperClient
 from lightning_plugins.engines.resilience.keeper_folder import KeeperError

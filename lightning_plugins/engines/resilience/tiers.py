@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch._C._distributed_c10d import Store
+from torch.distributed import Store
 
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.engines.resilience import disk_folder

@@ -33,7 +33,7 @@ from lightning_plugins.engines.sparse_allreduce.state import SparseAllreduceStat
 from lightning_plugins.engines.sparse_allreduce.worker import Worker
 
 
-def ok_topk_hook(state: "OkTopkState", bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
+def ok_topk_hook(state: "OkTopkState", bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Reduce a bucket of DDP sparsely; see `OkTopkState`.
 
     Args:
@@ -141,9 +141,9 @@ class OkTopkState:
         """Whether the coming step reduces the whole gradient."""
         return self.steps < self.options.dense_steps or (self.advice is not None and not self.advice.sparse)
 
-    def take(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
+    def take(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Queue a bucket and return the future of its mean over all ranks."""
-        if isinstance(bucket, tuple):
+        if isinstance(bucket, tuple):  # type: ignore[unreachable]  # of what DDP promises
             raise InputError(
                 "compiled autograd hands over single gradients instead of DDP's buckets; train without "
                 "torch._dynamo.config.optimize_ddp = 'python_reducer'"

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from torch._C._distributed_c10d import TCPStore
+from torch.distributed import TCPStore
 
 from lightning_plugins._support.failpoints import armed
 from lightning_plugins.engines.resilience.agreement import common_steps, everywhere
