@@ -25,6 +25,7 @@ TEST = [
     "hypothesis",
     "scipy",
     "psutil",
+    "torchdata>=0.11",
     "markdown-it-py",
     "pyyaml",
     "lightning",
