@@ -37,8 +37,8 @@ class MemoryCheckpoint(Callback):
 
     A state has what Lightning saves, and what it does not: every rank's random generators, the place in the epoch, metrics that
     are gathering, buffers that are not persistent. Nothing is drawn or replaced by watching: a run with this callback computes
-    what it computes without it. Data loaders with a ``state_dict`` go on by it; of others the batches that the epoch has seen are
-    fetched once more.
+    what it computes without it. Data loaders with a ``state_dict`` go on by it, if no random numbers are lost by that; of others
+    the batches that the epoch has seen are fetched once more.
 
     At SIGTERM all ranks stop after the same step, capture, and exit with code 143.
 
@@ -47,7 +47,8 @@ class MemoryCheckpoint(Callback):
     encrypted.
 
     It is made for one device, for DDP, and for ``ModelParallelStrategy`` (FSDP2), where each rank captures its own pieces. Under
-    ``memory_checkpoint/`` it logs ``blocked_ms`` (of the last capture), ``captured_mb`` and ``committed_step``.
+    ``memory_checkpoint/`` it logs ``blocked_ms`` (of the last capture), ``captured_mb`` and ``committed_step``, and once
+    after a replay ``replay_s``, the seconds that it took.
 
     Args:
         job: name of the run; left out, a hash of the script's path and ``default_root_dir``.
@@ -59,6 +60,9 @@ class MemoryCheckpoint(Callback):
             own, which survives the trainer, and the newest two are kept.
         resume: ``"auto"`` goes on from a state of the same job, module, parameters and number of ranks, and starts afresh where
             there is none; ``True`` refuses to start afresh where there is one that does not fit; ``False`` always starts afresh.
+        replay: fetch once more the batches that the epoch has seen, where a loader's state is not enough to go on with the same
+            random numbers. False is for data that draw none: they are left out in the sampler, and no sample of them is read;
+            loaders with a ``state_dict`` all go on by it.
         linger_s: how long the memory outlives the last trainer of a job that did not end cleanly.
 
     Raises:
@@ -75,6 +79,7 @@ class MemoryCheckpoint(Callback):
         disk_dir: str | Path | bool | None = None,
         disk_every_n_steps: int = 100,
         resume: bool | str = "auto",
+        replay: bool = True,
         linger_s: float = 300.0,
     ) -> None:
         if not isinstance(every_n_steps, int) or every_n_steps < 1:
@@ -87,8 +92,8 @@ class MemoryCheckpoint(Callback):
             raise InputError(f"resume must be 'auto', True or False, got {resume!r}; 'auto' goes on from a state that fits")
         if not 0 < linger_s < float("inf"):
             raise InputError(f"linger_s must be above 0 seconds, got {linger_s}; 300 outlives a restart")
-        self.job, self.every_n_steps, self.lazy, self.resume, self.linger_s = job, every_n_steps, lazy, resume, linger_s
-        self.disk_dir, self.disk_every_n_steps = disk_dir, disk_every_n_steps
+        self.job, self.every_n_steps, self.lazy, self.resume, self.replay = job, every_n_steps, lazy, resume, replay
+        self.disk_dir, self.disk_every_n_steps, self.linger_s = disk_dir, disk_every_n_steps, linger_s
         self._loop: OpenedLoop | None = None
         self._tiers: Tiers | None = None
         self._store: Store | None = None
@@ -104,7 +109,7 @@ class MemoryCheckpoint(Callback):
         return (
             f"MemoryCheckpoint(job={self.job!r}, every_n_steps={self.every_n_steps}, lazy={self.lazy}, "
             f"disk_dir={self.disk_dir!r}, disk_every_n_steps={self.disk_every_n_steps}, "
-            f"resume={self.resume!r}, linger_s={self.linger_s:g})"
+            f"resume={self.resume!r}, replay={self.replay}, linger_s={self.linger_s:g})"
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -128,7 +133,7 @@ class MemoryCheckpoint(Callback):
         self._store = _store(trainer)
         folder = self._folder(trainer, job, fit)
         self._tiers = Tiers(f"{job}/{fit}", meta, place, self._store, self.linger_s, folder, self.disk_every_n_steps)
-        self._loop = OpenedLoop(trainer, lambda: self._between_iterations(trainer))
+        self._loop = OpenedLoop(trainer, lambda: self._between_iterations(trainer), self.replay)
         self._checked = False
         found = self._tiers.find(self.resume)
         if found is None:
@@ -156,7 +161,7 @@ class MemoryCheckpoint(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse data that cannot be put back, before the first batch."""
         if self._loop is not None:
-            refuse_loaders(trainer)
+            refuse_loaders(trainer, self.replay)
             self._last_step = self._captured_step = trainer.global_step
             if self._rank_state is not None:
                 trainer.strategy.load_rank_state_dict(self._rank_state)  # type: ignore[attr-defined]
@@ -176,7 +181,9 @@ class MemoryCheckpoint(Callback):
                 self._numbers["blocked_ms"] += 1e3 * (time.perf_counter() - start_s)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Log what the captures since the last batch took."""
+        """Log what the captures since the last batch took, and the replay before the first."""
+        if self._loop is not None and self._loop.replay_s is not None:
+            self._numbers["replay_s"], self._loop.replay_s = self._loop.replay_s, None
         for name, value in self._numbers.items():
             pl_module.log(f"memory_checkpoint/{name}", value)
         self._numbers = {}

@@ -77,13 +77,14 @@ class Watch(Callback):
     Args:
         at: number of the boundary.
         resume: bytes of a state.
+        replay: False to skip in the sampler.
     """
 
-    def __init__(self, at=None, resume=None):
-        self.at, self.resume, self.saved, self.boundaries = at, resume, None, 0
+    def __init__(self, at=None, resume=None, replay=True):
+        self.at, self.resume, self.saved, self.boundaries, self.replay = at, resume, None, 0, replay
 
     def setup(self, trainer, pl_module, stage):
-        self.loop = OpenedLoop(trainer, lambda: self.boundary())
+        self.loop = OpenedLoop(trainer, lambda: self.boundary(), self.replay)
         if self.resume is not None:
             self.loop.resume(torch.load(io.BytesIO(self.resume), weights_only=True))
 

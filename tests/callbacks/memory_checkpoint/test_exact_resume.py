@@ -4,12 +4,7 @@ The resumed run starts from another seed: nothing but the state may decide how i
 """
 
 import pytest
-import torch
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_plugins._lightning import LightningModule, Trainer
-from lightning_plugins._support.errors import InputError
-from lightning_plugins.callbacks.memory_checkpoint._seams import refuse_loaders
 from tests.callbacks.memory_checkpoint.runs import Regression, Watch, same, train
 
 pytestmark = [pytest.mark.adapter, pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")]
@@ -60,67 +55,12 @@ def test_watching_changes_nothing(options):
     assert same(train(**options), train(Watch(4), **options)) == []
 
 
-class Numbers(IterableDataset):
-    """Has no state."""
-
-    def __iter__(self):
-        return iter(torch.randn(8, 4))
-
-
-class Bare(LightningModule):
-    """Trains on loaders that it is given."""
-
-    def __init__(self, loaders):
-        super().__init__()
-        self.layer, self.loaders = torch.nn.Linear(4, 1), loaders
-
-    def training_step(self, batch, batch_idx):
-        return self.layer(next(iter(batch)) if isinstance(batch, list | tuple) else batch).sum()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-    def train_dataloader(self):
-        return self.loaders
-
-
-class Counting(DataLoader):
-    """Has a state."""
-
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state):
-        pass
-
-
-ROWS = TensorDataset(torch.randn(8, 4))
-
-
-@pytest.mark.parametrize(
-    ("loaders", "words"),
-    [
-        (DataLoader(Numbers()), "reads Numbers, iterable and without a state"),
-        (DataLoader(ROWS, num_workers=1, persistent_workers=True), "has persistent_workers=True"),
-        (Counting(Numbers()), "one batch ahead of a loader without a length"),
-        ([DataLoader(ROWS), Counting(ROWS)], "either all training loaders have a state_dict or none"),
-    ],
-)
-def test_data_without_a_way_back_is_refused_by_name(loaders, words):
-    class Refuse(Watch):
-        def on_train_start(self, trainer, pl_module):
-            refuse_loaders(trainer)
-
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    with pytest.raises(InputError, match=words):
-        Trainer(accelerator="cpu", max_epochs=1, callbacks=[Refuse()], **options).fit(Bare(loaders))
-
-
 def test_the_loop_is_left_as_it_was():
     watch = Watch()
     train(watch)
     loops = (watch.loop.trainer.fit_loop, watch.loop.trainer.fit_loop.epoch_loop)
-    assert not any(name in vars(loop) for loop in loops for name in ("setup_data", "on_run_start", "_on_before_fetch"))
+    names = ("setup_data", "_load_combined_loader_states", "on_run_start", "_on_before_fetch")
+    assert not any(name in vars(loop) for loop in loops for name in names)
 
 
 def test_a_state_of_another_seed_is_another_run():

@@ -217,7 +217,7 @@ def test_values_out_of_range(options, words):
 def test_its_repr_shows_the_settings():
     shown = repr(MemoryCheckpoint(job="a"))
     assert shown.startswith("MemoryCheckpoint(job='a', every_n_steps=10, lazy=False, disk_dir=None, disk_every_n_steps=100, ")
-    assert shown.endswith("resume='auto', linger_s=300)")
+    assert shown.endswith("resume='auto', replay=True, linger_s=300)")
 
 
 def on_disk(folder, **options):
@@ -271,11 +271,30 @@ def test_a_folder_of_another_run_is_refused_and_one_that_cannot_be_written_costs
     assert "no states go to disk in this run" in caplog.text
 
 
-def test_it_logs_what_it_costs():
-    class Read(Callback):
-        def on_train_end(self, trainer, pl_module):
-            self.numbers = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("memory_checkpoint/")}
+class Read(Callback):
+    """Keeps the numbers that were logged of captures."""
 
+    def on_train_end(self, trainer, pl_module):
+        self.numbers = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("memory_checkpoint/")}
+
+
+@pytest.mark.parametrize("replay", [True, False])
+def test_a_replay_is_logged(replay, caplog):
+    """A crash before batch 11 goes on from the 10th step, the 4th of its epoch; whoever skips has nothing to say."""
+    crashed("a", before=11)
+    read = Read()
+    start_s = time.perf_counter()
+    with caplog.at_level(logging.INFO):
+        assert len(train(memory(replay=replay), read)["seen"]) == 8
+    lines = [line for line in caplog.messages if line.startswith("fetched the 4 batches once more that the epoch had seen: ")]
+    assert len(lines) == replay
+    assert ("memory_checkpoint/replay_s" in read.numbers) == replay
+    if replay:
+        assert 0 < read.numbers["memory_checkpoint/replay_s"] < time.perf_counter() - start_s
+        assert lines[0].endswith(f": {read.numbers['memory_checkpoint/replay_s']:.2f} s")
+
+
+def test_it_logs_what_it_costs():
     read = Read()
     train(memory(), read)
     assert set(read.numbers) == {f"memory_checkpoint/{name}" for name in ("blocked_ms", "captured_mb", "committed_step")}
