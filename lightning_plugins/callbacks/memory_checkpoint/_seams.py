@@ -128,25 +128,27 @@ class OpenedLoop:
         """Note how the iterators begin that are made next; a run that goes on makes them when its epoch begins, not here."""
         if self._resumed is None:
             self._originals[1]()
-            self._before_iterators(kept=False)
+            self._before_iterators(made_before=False)
         else:
             self._combined.flattened = [StandIn(loader, lambda: iter(())) for loader in self._combined.flattened]
 
-    def _before_iterators(self, kept: bool) -> None:
-        self._seen.update(iterator_made=self._take_random(), iterators_kept=kept, first_fetch=None, begun_anew={})
+    def _before_iterators(self, made_before: bool) -> None:
+        self._seen.update(iterator_made=self._take_random(), iterators_made_before=made_before, first_fetch=None, begun_anew={})
         self._fetches = 0
         self._in_hand = {"loaders": None, "random": None}
 
     def _on_run_start(self, data_fetcher: Any) -> None:
         fit_loop = self.trainer.fit_loop
         if self._resumed is None:
-            if self.trainer.current_epoch > 0 and not fit_loop.epoch_loop.restarting:
-                self._before_iterators(kept=True)
+            # A run that goes on from a named checkpoint keeps those of setup_data; older Lightnings had no word for it.
+            keeps = fit_loop.epoch_loop.restarting or getattr(fit_loop, "is_resuming", False)
+            if self.trainer.current_epoch > 0 and not keeps:
+                self._before_iterators(made_before=True)
             self._originals[2](data_fetcher)
             self._watch(data_fetcher, {})
             return
         resumed, self._resumed = self._resumed, None
-        names = ("loaders_made", "iterator_made", "iterators_kept", "first_fetch", "begun_anew")
+        names = ("loaders_made", "iterator_made", "iterators_made_before", "first_fetch", "begun_anew")
         self._seen = {name: resumed[name] for name in names}
         self._go_to(data_fetcher, resumed)
         self._originals[2](data_fetcher)
@@ -193,7 +195,7 @@ class OpenedLoop:
                 self._fetches += 1
 
             data_fetcher._start_profiler = on_fetch
-            if resumed["iterators_kept"]:
+            if resumed["iterators_made_before"]:
                 self._begin_persistent(loaders, samplers)
             self._set_random(resumed["iterator_made"])
             iter(data_fetcher)

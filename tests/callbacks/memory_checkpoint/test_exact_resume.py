@@ -5,6 +5,7 @@ The resumed run starts from another seed: nothing but the state may decide how i
 
 import pytest
 
+from lightning_plugins._lightning import ModelCheckpoint
 from tests.callbacks.memory_checkpoint.runs import Regression, Watch, same, train
 
 pytestmark = [pytest.mark.adapter, pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")]
@@ -48,6 +49,16 @@ def test_several_workers():
         taking = Watch(at)
         train(taking, workers=2)
         assert same(whole, train(Watch(resume=taking.saved), seed=OTHER, workers=2)) == []
+
+
+def test_in_a_run_that_began_at_a_named_checkpoint(tmp_path):
+    """Of the end of an epoch: the next one keeps the iterators that were made before training began."""
+    saving = ModelCheckpoint(tmp_path, filename="first", save_on_train_epoch_end=True)
+    train(saving, workers=2, max_epochs=1, enable_checkpointing=True)
+    whole = train(Watch(), workers=2, ckpt_path=tmp_path / "first.ckpt")
+    taking = Watch(2)
+    train(taking, workers=2, ckpt_path=tmp_path / "first.ckpt")
+    assert same(whole, train(Watch(resume=taking.saved), seed=OTHER, workers=2)) == []
 
 
 @pytest.mark.parametrize("options", CASES[:3], ids=str)
