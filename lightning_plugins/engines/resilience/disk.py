@@ -13,11 +13,9 @@ under the path that it has in each shard. For our own reading the skeleton of ``
 """
 
 import io
-import os
 import re
-import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -73,25 +71,34 @@ def write_step(
         InputError: for bad values, and for a disk that is full or read-only: what was there before is there still.
         DamagedFileError: if the disk does not give back what was written; no older step is removed then.
     """
-    disk_dir = Path(disk_dir)
-    if not 0 <= step < 10**18 or keep < 1:
-        raise InputError(f"step must be 0 or more and keep 1 or more, got {step} and {keep}; keep=2 has an older one in reserve")
-    wrong = [name for name in shards if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name)]
-    if wrong or not shards:
-        raise InputError(f"shards need names of letters, digits, _ and -, got {wrong or 'none at all'}; rank0 is one")
+    check_values(step, shards)
+    if keep < 1:
+        raise InputError(f"keep must be 1 or more, got {keep}; keep=2 has an older one in reserve")
+
+    def fill(folder: Path) -> None:
+        keys, manifest = KeyTable(), new_manifest(step, meta)
+        write_shards(folder, shards, keys, manifest)
+        write_ends(folder, keys, manifest)
+
+    return publish(Path(disk_dir), step, fill, keep, past)
+
+
+def publish(disk_dir: Path, step: int, fill: Callable[[Path], None], keep: int, past: int | None) -> Path:
+    """Give a step its name once its folder is filled; arguments and errors as for ``write_step``.
+
+    Args:
+        disk_dir: folder of the job's steps.
+        step: number.
+        fill: writes all files of the step into a folder; called while the lock on ``disk_dir`` is held.
+        keep: how many whole steps are kept.
+        past: the step that the run went on from.
+    """
     path = step_folder(disk_dir, step)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{disk_folder.UNFINISHED}")
     try:
         with disk_folder.locked(disk_dir) as held:
             if held:
                 disk_folder.sweep(disk_dir)
-            try:
-                temporary.mkdir()
-                _write_files(temporary, step, shards, dict(meta or {}))
-                disk_folder.move_into_place(temporary, path)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
+            disk_folder.fill_and_move(path, fill)
             verify(path, cached=False)
             failpoint("resilience/disk/verified")
             disk_folder.prune(disk_dir, step, keep, past)
@@ -126,15 +133,45 @@ def _load(record: bytes) -> Tensor:
     return torch.load(io.BytesIO(record), map_location="cpu", weights_only=True)
 
 
-def _write_files(folder: Path, step: int, shards: Mapping[str, Any], meta: dict[str, Any]) -> None:
-    keys = KeyTable()
-    manifest: dict[str, Any] = {"format": FORMAT_VERSION, "step": step, "written_at": time.time(), "meta": meta}
-    manifest |= {"shards": {}, "files": {}}
+def check_values(step: int, shards: Mapping[str, Any]) -> None:
+    """Refuse what cannot be the number of a step, or names of shards; see ``write_step``.
+
+    Raises:
+        InputError: for such values.
+    """
+    if not 0 <= step < 10**18:
+        raise InputError(f"step must be 0 or more, got {step}")
+    wrong = [name for name in shards if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name)]
+    if wrong or not shards:
+        raise InputError(f"shards need names of letters, digits, _ and -, got {wrong or 'none at all'}; rank0 is one")
+
+
+def new_manifest(step: int, meta: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the manifest of a step without files."""
+    described = {"format": FORMAT_VERSION, "step": step, "written_at": time.time(), "meta": dict(meta or {})}
+    return {**described, "shards": {}, "files": {}}
+
+
+def write_shards(folder: Path, shards: Mapping[str, Any], keys: KeyTable, manifest: dict[str, Any]) -> None:
+    """Write a file a shard, and note them in the table of keys and in the manifest."""
     for name, state in shards.items():
         manifest["shards"][name] = _write_shard(folder, name, state, keys, manifest["files"])
+
+
+def write_ends(folder: Path, keys: KeyTable, manifest: dict[str, Any]) -> None:
+    """Write what makes the folder of shards a step: torch's metadata, and the manifest as the last of all files."""
     with ChecksummedFile(folder / METADATA) as file:
         file.write(keys.metadata())
     manifest["files"][METADATA] = file.entry()
+    write_manifest(folder, manifest)
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest.
+
+    Raises:
+        InputError: if it holds what JSON does not.
+    """
     try:
         encoded = encode_manifest(manifest)
     except (TypeError, ValueError) as error:

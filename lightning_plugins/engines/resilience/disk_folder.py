@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,18 @@ def sweep(disk_dir: Path) -> None:
             os.rename(path, step)  # killed between the two renames of a replacement: the old one is all there is
         elif path.suffix in (REPLACED, UNFINISHED):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def fill_and_move(path: Path, fill: Callable[[Path], None]) -> None:
+    """Have a folder filled under a temporary name and give it its own; no other writer may be at work around it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+    try:
+        temporary.mkdir()
+        fill(temporary)
+        move_into_place(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def move_into_place(temporary: Path, path: Path) -> None:

@@ -5,6 +5,7 @@ tensors or dicts in them. The one private name of torch that this takes is the c
 torch finds it by that name in every ``.metadata``, so it has to stay.
 """
 
+import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-
 from lightning_plugins.engines.resilience.pieces import Path, pieces
 
 
@@ -32,13 +32,31 @@ class Record(NamedTuple):
     bytes: int
 
 
+class Entry(NamedTuple):
+    """One tensor, piece of a tensor, or value.
+
+    Attributes:
+        path: keys that lead to it.
+        dtype: without "torch."; empty for a value.
+        shape: of what was written.
+        record: where it lies.
+        whole: shape of the tensor that it is a piece of; empty for what is no piece.
+        offset: of its first element in that tensor.
+    """
+
+    path: Path
+    dtype: str
+    shape: Sequence[int]
+    record: Record
+    whole: Sequence[int] = ()
+    offset: Sequence[int] = ()
+
+
 class KeyTable:
     """Gathers keys and places, and makes the ``.metadata`` of them."""
 
     def __init__(self) -> None:
-        self._kinds: dict[str, Any] = {}
-        self._places: dict[MetadataIndex, _StorageInfo] = {}
-        self._paths: dict[str, Path] = {}
+        self._entries: list[Entry] = []
 
     def add_state(
         self,
@@ -63,39 +81,58 @@ class KeyTable:
             if record is not None:
                 self.add_tensor(path, value, record)
             else:
-                self._add(path, BytesStorageMetadata(), None, save(value))
-        for path, piece, shape, offset in pieces(state):
-            self._add_chunk(path, piece, shape, offset, known[_identity(piece)])
+                self._entries.append(Entry(path, "", (), save(value)))
+        for path, piece, whole, offset in pieces(state):
+            self._entries.append(Entry(path, _name(piece), tuple(piece.shape), known[_identity(piece)], whole, offset))
 
     def add_tensor(self, path: Path, tensor: Tensor, record: Record) -> None:
         """Add a tensor that has been written."""
-        origin = torch.Size([0] * tensor.dim())
-        size = torch.Size(tensor.shape)
-        kind = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), size, [ChunkStorageMetadata(origin, size)])
-        self._add(path, kind, origin, record)
+        self._entries.append(Entry(path, _name(tensor), tuple(tensor.shape), record))
+
+    def plain(self) -> list[Any]:
+        """Return all of it as what JSON holds, for ``add_plain`` of another process."""
+        return [[list(field) if isinstance(field, tuple) else field for field in entry] for entry in self._entries]
+
+    def add_plain(self, entries: Sequence[Any]) -> None:
+        """Add what ``plain`` has returned."""
+        for path, dtype, shape, record, whole, offset in entries:
+            self._entries.append(Entry(tuple(path), dtype, shape, Record(*record), whole, offset))
 
     def metadata(self) -> bytes:
         """Return the file's content."""
-        return pickle.dumps(Metadata(self._kinds, planner_data=self._paths, storage_data=self._places))
+        kinds: dict[str, Any] = {}
+        places: dict[MetadataIndex, _StorageInfo] = {}
+        paths: dict[str, Path] = {}
+        for entry in self._entries:
+            key = wanted = ".".join(map(str, entry.path))
+            number = 2
+            while key in kinds and not entry.whole:  # the keys 1 and "1" of one dict, for which torch refuses the whole state
+                key, number = f"{wanted}#{number}", number + 1
+            paths[key] = entry.path if key == wanted else (key,)
+            kind = kinds.setdefault(key, _kind(entry))
+            origin = torch.Size(entry.offset or [0] * len(entry.shape)) if entry.dtype else None
+            place = MetadataIndex(key, origin)
+            if not entry.whole:
+                places[place] = _StorageInfo(*entry.record)
+            elif math.prod(entry.shape) and place not in places:  # a piece that several ranks hold counts once
+                kind.chunks.append(ChunkStorageMetadata(origin, torch.Size(entry.shape)))
+                places[place] = _StorageInfo(*entry.record)
+        return pickle.dumps(Metadata(kinds, planner_data=paths, storage_data=places))
 
-    def _add_chunk(self, path: Path, piece: Tensor, shape: torch.Size, offset: torch.Size, record: Record) -> None:
-        """Add a part of a tensor that lies on several ranks; a part that several of them hold counts once."""
-        key = ".".join(map(str, path))
-        kind = self._kinds.setdefault(key, TensorStorageMetadata(TensorProperties(dtype=piece.dtype), shape, []))
-        self._paths[key] = path
-        place = MetadataIndex(key, offset)
-        if piece.numel() and place not in self._places:
-            kind.chunks.append(ChunkStorageMetadata(offset, torch.Size(piece.shape)))
-            self._places[place] = _StorageInfo(*record)
 
-    def _add(self, path: Path, kind: Any, origin: torch.Size | None, record: Record) -> None:
-        key = wanted = ".".join(map(str, path))
-        number = 2
-        while key in self._kinds:  # the keys 1 and "1" of one dict, for which torch refuses the whole state
-            key, number = f"{wanted}#{number}", number + 1
-        self._kinds[key] = kind
-        self._paths[key] = path if key == wanted else (key,)
-        self._places[MetadataIndex(key, origin)] = _StorageInfo(*record)
+def _kind(entry: Entry) -> Any:
+    """Return what torch says of a value, a tensor, or the tensor of a piece, whose chunks are still to come."""
+    if not entry.dtype:
+        return BytesStorageMetadata()
+    properties = TensorProperties(dtype=getattr(torch, entry.dtype))
+    if entry.whole:
+        return TensorStorageMetadata(properties, torch.Size(entry.whole), [])
+    size = torch.Size(entry.shape)
+    return TensorStorageMetadata(properties, size, [ChunkStorageMetadata(torch.Size([0] * len(size)), size)])
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _leaves(path: Path, value: Any) -> Iterator[tuple[Path, Any]]:

@@ -76,7 +76,7 @@ def steps(disk_dir: str | Path, *, thorough: bool = True) -> list[StepOnDisk]:
     found = []
     for number, path in numbered(Path(disk_dir)):
         try:
-            manifest = verify(path) if thorough else _check_sizes(path)
+            manifest = verify(path) if thorough else check_sizes(path)
         except DamagedError as error:
             found.append(StepOnDisk(path, number, 0, 0.0, {}, str(error)))
         else:
@@ -96,7 +96,7 @@ def verify(path: str | Path, *, cached: bool = True) -> dict[str, Any]:
         DamagedFileError: naming the first file that differs, and the first chunk of 4 MiB in it.
     """
     path = Path(path)
-    manifest = _check_sizes(path)
+    manifest = check_sizes(path)
     for name in manifest["files"]:
         with CheckedFile(path, name, manifest) as file:
             file.check_all(cached)
@@ -211,7 +211,12 @@ class CheckedFile:
         return self._held
 
 
-def _check_sizes(path: Path) -> dict[str, Any]:
+def check_sizes(path: Path) -> dict[str, Any]:
+    """Return the manifest of a step's folder after the sizes of all files have been compared.
+
+    Raises:
+        DamagedFileError: naming the first file that is missing or of another size.
+    """
     manifest = read_manifest(path)
     for name in manifest["files"]:
         with CheckedFile(path, name, manifest):

@@ -364,7 +364,7 @@ def test_a_clean_end_is_marked(tmp_path):
     ("arguments", "words"),
     [
         ({"step": -1}, "step must be 0 or more"),
-        ({"keep": 0}, "keep 1 or more"),
+        ({"keep": 0}, "keep must be 1 or more"),
         ({"shards": {"../up": {}}}, "letters, digits"),
         ({"shards": {}}, "got none at all"),
         ({"meta": {"a": {1, 2}}}, "meta takes numbers"),
