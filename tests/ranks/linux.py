@@ -11,6 +11,8 @@ NAMESPACES = Path("/var/run/netns")
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _CLONE_NEWNET = 0x40000000
+_CLONE_NEWNS = 0x00020000
+_MS_REC, _MS_PRIVATE = 0x4000, 0x40000
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -28,6 +30,12 @@ def enter_network_namespace(name: str) -> None:
         _check(_libc.setns(descriptor, _CLONE_NEWNET), f"setns to {name}")
     finally:
         os.close(descriptor)
+
+
+def leave_mounts() -> None:
+    """Give the calling process mounts of its own: what it mounts from now on nobody else sees."""
+    _check(_libc.unshare(_CLONE_NEWNS), "unshare")
+    _check(_libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None), "mount")
 
 
 def die_with_parent() -> None:

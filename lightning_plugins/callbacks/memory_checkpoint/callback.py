@@ -55,7 +55,8 @@ class MemoryCheckpoint(Callback):
         every_n_steps: optimizer steps between two captures.
         lazy: copy parameters and optimizer state while the next forward and backward pass run, and have the optimizer wait for
             the rest of the copy; for modules whose parameters nothing but an optimizer changes.
-        disk_dir: folder of the states on disk; None is one under ``default_root_dir``, False is no disk tier.
+        disk_dir: folder of the states on disk; None is one under ``default_root_dir``, False is no disk tier. On several hosts it
+            has to be on storage that all of them see; if it is not, nothing goes to disk, and a warning says so.
         disk_every_n_steps: optimizer steps between two captured states that go to disk; they are written by a process of its
             own, which survives the trainer, and the newest two are kept.
         resume: ``"auto"`` goes on from a state of the same job, module, parameters and number of ranks, and starts afresh where
@@ -204,10 +205,6 @@ class MemoryCheckpoint(Callback):
     def _folder(self, trainer: Trainer, job: str, fit: int) -> Path | None:
         """Return the folder of this fit's steps on disk, the same on all ranks."""
         if self.disk_dir is False:
-            return None
-        if trainer.num_nodes > 1:
-            if self.disk_dir is not None:
-                rank_zero_warn("no states go to disk: a step of several hosts is not gathered yet; they keep each other's copies")
             return None
         root = Path(self.disk_dir or Path(trainer.default_root_dir) / "memory_checkpoint" / job)
         return Path(trainer.strategy.broadcast(str(root.absolute() / f"fit-{fit}")))

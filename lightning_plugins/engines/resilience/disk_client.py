@@ -20,8 +20,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_plugins._support.errors import InputError
+from lightning_plugins._support.errors import InputError, one_line
 from lightning_plugins.engines.resilience import disk_folder
+from lightning_plugins.engines.resilience.disk_pieces import Share
 from lightning_plugins.engines.resilience.disk_steps import steps
 
 _MODULE = "lightning_plugins.engines.resilience.disk_writer"
@@ -61,6 +62,11 @@ class DiskWriter:
         linger_s: the same as for ``KeeperClient``.
         resumed_from: step that the run goes on from, wherever that came from. With its first step the writer removes all that
             are newer; with None, a run that begins afresh, it removes all.
+        share: on several hosts, what this one has to do with a step; ``shards`` are then those that it writes, and the ``meta``
+            of what is captured holds the name of the start's folder as ``start``.
+
+    Attributes:
+        is_ready: whether the process has answered, which it does some seconds after its start.
 
     Raises:
         InputError: for bad values; for a folder that belongs to another job, is read-only, or whose disk is full.
@@ -77,6 +83,7 @@ class DiskWriter:
         owner: str | None = None,
         linger_s: float = 300.0,
         resumed_from: int | None = None,
+        share: Share | None = None,
     ) -> None:
         if keep < 1 or not shards:
             raise InputError(f"keep must be 1 or more and shards not empty, got {keep} and {list(shards)}; keep=2 has a reserve")
@@ -84,11 +91,14 @@ class DiskWriter:
         disk_folder.claim(self.disk_dir, owner or job)
         self._options: dict[str, Any] = {"disk_dir": str(self.disk_dir), "keeper_folder": str(Path(keeper_folder).absolute())}
         self._options |= {"job": job, "owner": owner or job, "shards": list(shards), "keep": keep, "linger_s": linger_s}
+        self._options["share"] = share
         self._options["resumed_from"] = past = -1 if resumed_from is None else resumed_from
         whole = [one.step for one in steps(self.disk_dir, thorough=False) if not one.damage and one.step <= past]
         self._options["newest"] = max(whole, default=-1)
         self._last = WriterStatus(newest=self._options["newest"])
         self._starts = self._questions = 0
+        self._told = -1
+        self._marks_end = share is None or share.node == 0
         self._process = self._start()
         _writers.add(self)
 
@@ -98,12 +108,35 @@ class DiskWriter:
         return self._process.pid
 
     def persist(self, step: int) -> None:
-        """Have a committed step written soon; a writer that has died is started again, three times at most."""
-        if self._process.poll() is not None and self._starts < _STARTS and self._input is not None:
+        """Have a committed step written soon; errors as for ``revive``."""
+        self.revive()
+        self._told = step
+        self._say(f"persist {step}")
+
+    def revive(self) -> None:
+        """Start a writer again that has died.
+
+        Raises:
+            InputError: if it has died three times.
+        """
+        if self._process.poll() is not None and self._input is not None:
+            if self._starts == _STARTS:
+                raise InputError(f"the process that writes into {self.disk_dir} has died {_STARTS} times; see what ends it")
             self._options["resumed_from"] = max(self._options["resumed_from"], self._last.newest)
             self._options["newest"] = self._last.newest
+            self._leave()
+            self._told = -1
             self._process = self._start()
-        self._say(f"persist {step}")
+
+    def give_up(self, step: int, reason: str) -> None:
+        """Have a step not waited for any more, of which another host says that its piece will not come."""
+        self._say(f"give_up {step} {one_line(reason)}")
+
+    @property
+    def unfinished(self) -> int:
+        """The step that it was last told of, as long as ``status`` has shown it neither written nor failed; else -1."""
+        failed = any(step == self._told for step, _ in self._last.failures)
+        return -1 if failed or self._told <= self._last.newest else self._told
 
     def status(self, timeout_s: float = 1.0) -> WriterStatus:
         """Return what the writer has done; the last that is known of one that has ended, or does not answer in time."""
@@ -111,6 +144,7 @@ class DiskWriter:
         if self._say(f"status {self._questions}"):
             deadline = time.monotonic() + timeout_s
             while (line := self._read_line(deadline)) is not None:
+                self.is_ready = True
                 fields = json.loads(line)
                 question = fields.pop("question")
                 fields["failures"] = tuple((step, reason) for step, reason in fields["failures"])
@@ -135,11 +169,13 @@ class DiskWriter:
         if clean:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout_s)
-            with suppress(OSError):
-                disk_folder.mark_ended(self.disk_dir)
+            if self._marks_end:
+                with suppress(OSError):
+                    disk_folder.mark_ended(self.disk_dir)
 
     def _start(self) -> "subprocess.Popen[bytes]":
         self._starts += 1
+        self.is_ready = False
         # One thread of arithmetic and no accelerator: the trainer wants both.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         process = subprocess.Popen(

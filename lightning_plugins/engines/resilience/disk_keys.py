@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+
 from lightning_plugins.engines.resilience.pieces import Path, pieces
 
 

@@ -2,10 +2,13 @@
 
     python -m lightning_plugins.engines.resilience.disk_writer OPTIONS_AS_JSON
 
-A line on standard input tells it what to do: ``persist STEP``, ``status NUMBER`` (answered by a line of JSON), ``close``. There
-is no queue: told of newer steps while it writes, it takes the newest and counts the others. If its input ends without ``close``,
-the trainer has died: it writes the newest committed step that is not on the disk yet, and ends. It has a session of its own, so
-that nothing that ends a trainer ends it, and a low claim on the processor.
+A line on standard input tells it what to do: ``persist STEP``, ``status NUMBER`` (answered by a line of JSON), ``give_up STEP
+REASON``, ``close``. There is no queue: told of newer steps while it writes, it takes the newest and counts the others. If its
+input ends without ``close``, the trainer has died: it writes the newest committed step that is not on the disk yet, and ends. It
+has a session of its own, so that nothing that ends a trainer ends it, and a low claim on the processor.
+
+On several hosts each one's writer writes a piece, see ``disk_pieces``, and node 0's the step. All are told of the same steps; of
+the last step, for which nobody is left to tell, node 0's writer tells the others in a file.
 """
 
 import json
@@ -19,7 +22,7 @@ from typing import Any
 
 from lightning_plugins._support.errors import one_line
 from lightning_plugins._support.failpoints import failpoint
-from lightning_plugins.engines.resilience import disk, disk_folder
+from lightning_plugins.engines.resilience import disk, disk_folder, disk_pieces
 from lightning_plugins.engines.resilience.keeper_client import KeeperClient
 from lightning_plugins.engines.resilience.keeper_folder import KeeperError, KeeperLostError
 
@@ -43,6 +46,7 @@ class Writer:
         linger_s: of the keeper's clients of this job.
         resumed_from: step that the run went on from; -1 if none, and then nothing of what is in the folder is its past.
         newest: newest step of its past in the folder, -1 if there is none.
+        share: see ``disk_pieces.Share``; None on one host.
     """
 
     def __init__(
@@ -56,16 +60,19 @@ class Writer:
         linger_s: float,
         resumed_from: int,
         newest: int,
+        share: list[Any] | None,
     ) -> None:
         self.disk_dir, self.keeper_folder = Path(disk_dir), Path(keeper_folder)
         self.job, self.owner, self.shards, self.keep = job, owner, shards, keep
         self.linger_s, self.resumed_from = linger_s, resumed_from
+        self.share = None if share is None else disk_pieces.Share(*share)
         self._client: KeeperClient | None = None
         self._changed = threading.Condition()
         self._wanted = self._writing = -1
         self._newest = newest
         self._has_written = self._closed = self._clean = False
         self._skipped = 0
+        self._given_up: dict[int, str] = {}
         self._failures: list[tuple[int, str]] = []
 
     def listen(self) -> None:
@@ -77,6 +84,9 @@ class Writer:
                     self._want(int(rest))
                 elif word == "status":
                     os.write(sys.stdout.fileno(), json.dumps({"question": int(rest), **self.status()}).encode() + b"\n")
+                elif word == "give_up":
+                    number, _, reason = rest.partition(" ")
+                    self._given_up[int(number)] = reason
                 elif word == "close":
                     self._clean = True
                     break
@@ -105,7 +115,7 @@ class Writer:
             self._attempt(step)
         if not self._clean:
             self._attempt(-1)
-        elif self.disk_dir.exists():
+        elif self._completes and self.disk_dir.exists():
             disk_folder.mark_ended(self.disk_dir)
 
     def status(self) -> dict[str, Any]:
@@ -141,43 +151,89 @@ class Writer:
             self._newest, self._writing = max(self._newest, written), -1
             if reason:
                 self._failures.append((step, reason))
-        if reason and self._closed and not self._clean:
+        if reason and self._closed and not self._clean and self.disk_dir.exists():
             with (self.disk_dir / LOG).open("a") as file:  # nobody is left to ask
                 file.write(f"the newest step could not be written after the trainer had gone: {reason}\n")
 
+    @property
+    def _completes(self) -> bool:
+        """Whether steps get their names from this writer."""
+        return self.share is None or self.share.node == 0
+
     def _persist(self, step: int) -> int:
         """Write the given step, or the newest that is committed if it is not there any more; return which."""
+        if self.share is not None:
+            return self._persist_share(self.share, step)
         disk_folder.claim(self.disk_dir, self.owner)
         for attempt in range(_TRIES):
             client = self._connect()
             if client is None:
                 if step < 0:
                     return -1  # the job has ended
-                raise KeeperError(f"step {step} is in no keeper's memory any more; the run has ended, or the keeper has died")
-            committed = self._committed(client)
+                raise self._no_keeper(step)
+            committed = self._held(client, ("committed",))
             chosen = step if step in committed else max(committed, default=-1)
             if chosen < 0 or chosen == self._newest:
                 return chosen
             try:
-                failpoint("resilience/disk/load")
-                loaded = {shard: client.load(shard, chosen) for shard in self.shards}
+                states, meta = self._load(client, chosen)
                 break
             except KeeperError:  # overwritten in the meantime: there is a newer one
                 if attempt == _TRIES - 1:
                     raise
-        meta = next(iter(loaded.values()))[1]
-        states = {shard: state for shard, (state, _) in loaded.items()}
-        past = None if self._has_written else self.resumed_from
-        disk.write_step(self.disk_dir, chosen, states, meta, self.keep, past=past)
+        disk.write_step(self.disk_dir, chosen, states, meta, self.keep, past=self._past())
+        self._note_written()
+        return chosen
+
+    def _persist_share(self, share: disk_pieces.Share, step: int) -> int:
+        """Write this node's piece of exactly the given step, -1 for the last, and as node 0 the step; return which."""
+        client = self._connect()
+        if step < 0:
+            step = self._agreed_last(share, client)
+        if step < 0 or disk_pieces.is_written(self.disk_dir, share, step):
+            return step
+        if not disk_pieces.has_piece(share, step):
+            if client is None:
+                raise self._no_keeper(step)
+            # What is the job's may only be sealed here, if the trainer died in between.
+            if step not in self._held(client, ("sealed", "committed")):
+                raise KeeperError(f"step {step} was overwritten in memory before it could be read")
+            states, meta = self._load(client, step)
+            disk_pieces.write_piece(share, step, states, meta)
+        if self._completes:
+            disk_pieces.complete(self.disk_dir, share, step, self.keep, self._past(), lambda one: self._given_up.get(one, ""))
+            self._note_written()
+        return step
+
+    def _agreed_last(self, share: disk_pieces.Share, client: KeeperClient | None) -> int:
+        """Return which step is to be finished after the trainers' death: the newest that node 0 has."""
+        if not self._completes:
+            return disk_pieces.await_last(share)
+        last = -1 if client is None else max(self._held(client, ("committed",)), default=-1)
+        disk_pieces.announce_last(share, last)
+        return last
+
+    def _load(self, client: KeeperClient, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        failpoint("resilience/disk/load")
+        loaded = {shard: client.load(shard, step) for shard in self.shards}
+        return {shard: state for shard, (state, _) in loaded.items()}, next(iter(loaded.values()))[1]
+
+    def _past(self) -> int | None:
+        return None if self._has_written else self.resumed_from
+
+    def _note_written(self) -> None:
         if not self._has_written:
             disk_folder.mark_ended(self.disk_dir, False)
             self._has_written = True
-        return chosen
 
-    def _committed(self, client: KeeperClient) -> set[int]:
-        held = client.generations()
-        each = [{one.step for one in held if one.shard == shard and one.state == "committed"} for shard in self.shards]
-        return set.intersection(*each)
+    def _no_keeper(self, step: int) -> KeeperError:
+        return KeeperError(f"step {step} is in no keeper's memory any more; the run has ended, or the keeper has died")
+
+    def _held(self, client: KeeperClient, states: tuple[str, ...]) -> set[int]:
+        """Return the steps of which all of this writer's shards are in memory, on several hosts those of this start alone."""
+        start = None if self.share is None else Path(self.share.start).name
+        held = [one for one in client.generations() if one.state in states and start in (None, one.meta.get("start"))]
+        return set.intersection(*({one.step for one in held if one.shard == shard} for shard in self.shards))
 
     def _connect(self) -> KeeperClient | None:
         """Return a client, or None where there is no keeper: this process starts none."""

@@ -8,45 +8,25 @@ import logging
 from collections.abc import Set
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch.distributed import Store
 
 from lightning_plugins._support.errors import InputError
-from lightning_plugins.engines.resilience import disk_folder
 from lightning_plugins.engines.resilience.agreement import first_reason
 from lightning_plugins.engines.resilience.commit import JobCommit
-from lightning_plugins.engines.resilience.disk_client import DiskWriter
+from lightning_plugins.engines.resilience.disk_tier import DiskTier
 from lightning_plugins.engines.resilience.keeper_client import KeeperClient, TooLittleMemoryError
 from lightning_plugins.engines.resilience.keeper_folder import KeeperError
 from lightning_plugins.engines.resilience.neighbours import Address, meet
-from lightning_plugins.engines.resilience.recovery import Disk, Found, Memory, Meta, Neighbours, Source, find
+from lightning_plugins.engines.resilience.place import Place as Place
+from lightning_plugins.engines.resilience.recovery import Found, Memory, Meta, Neighbours, Source, find
 from lightning_plugins.engines.resilience.shards import SHARED, own_shard, split
 from lightning_plugins.engines.resilience.state_tree import pack
 
 LEAVE_S = 1.0  # for the last capture to become the job's
 
 log = logging.getLogger(__name__)
-
-
-class Place(NamedTuple):
-    """Which rank this is.
-
-    Attributes:
-        rank: among all.
-        local_rank: on this host.
-        ranks: their number.
-        node: number of this host.
-        nodes: number of hosts.
-        toward: address of rank 0's host.
-    """
-
-    rank: int
-    local_rank: int
-    ranks: int
-    node: int = 0
-    nodes: int = 1
-    toward: str = "127.0.0.1"
 
 
 class Tiers:
@@ -58,7 +38,7 @@ class Tiers:
         place: of this rank.
         store: see ``JobCommit``.
         linger_s: see ``KeeperClient``.
-        disk_dir: folder of steps, or None for no disk tier.
+        disk_dir: folder of steps, or None for no disk tier; see ``DiskTier``.
         disk_every_n_steps: steps between two that go to disk.
 
     Attributes:
@@ -80,10 +60,7 @@ class Tiers:
     ) -> None:
         self.active = True
         self._job, self._meta, self._place, self._store, self._linger_s = job, meta, place, store, linger_s
-        self._disk_dir, self._disk_every = _claimed(disk_dir, job), disk_every_n_steps
-        self._writer: DiskWriter | None = None
-        self._resumed_from: int | None = None
-        self._to_disk = 0  # newest step that has gone there, or that the run goes on from
+        self._disk = DiskTier(disk_dir, job, place, store, disk_every_n_steps, linger_s)
         self._neighbours: list[Address] = []
         self._connect()
 
@@ -104,8 +81,8 @@ class Tiers:
         sources: list[Source] = [Memory(self._client, self._place.rank)]
         if self._neighbours:
             sources.append(Neighbours(self._client, self._neighbours, self._place.rank))
-        if self._disk_dir is not None:
-            sources.append(Disk(self._disk_dir, self._job, self._place.rank))
+        if (disk := self._disk.source()) is not None:
+            sources.append(disk)
         found = find(sources, self._fits) if resume is not False else None
         if found is None and resume is not False:
             metas = [meta for source in sources for meta in source.metas().values() if not self._fits(meta)]
@@ -116,7 +93,7 @@ class Tiers:
                 if self._place.rank == 0:
                     log.warning("starting afresh: %s", misfit)
         if found is not None:
-            self._resumed_from = self._to_disk = found.step
+            self._disk.go_on_from(found.step)
         for one in self._client.generations():
             if one.shard in self._commit.shards and (found is None or one.step != found.step):
                 self._client.discard(one.shard, one.step)
@@ -132,9 +109,8 @@ class Tiers:
             self._give_up(error)
         except (RuntimeError, OSError) as error:
             self._give_up(f"ranks cannot agree any more ({error})")
-        if self.active and self.committed // self._disk_every > self._to_disk // self._disk_every:
-            self._to_disk = self.committed
-            self._write(self.committed)
+        if self.active:
+            self._disk.settled(self.committed, self._client.folder)
 
     def capture(self, step: int, state: dict[str, Any], parameters: Set[str] | None, lazy: bool) -> int:
         """Copy what this rank captures; the step before is settled.
@@ -150,8 +126,10 @@ class Tiers:
         """
         shared, own = split(state, parameters)
         parts = {own_shard(self._place.rank): own, SHARED: shared}
+        meta = {**self._meta, **self._disk.meta}
+        self._disk.capturing(step)
         try:
-            begun = {shard: self._client.begin(shard, pack(parts[shard]), step, self._meta) for shard in self._commit.shards}
+            begun = {shard: self._client.begin(shard, pack(parts[shard]), step, meta) for shard in self._commit.shards}
             later = begun.get(SHARED) if lazy else None
             at_once = [writing for writing in begun.values() if writing is not later]
             for writing in at_once:
@@ -173,13 +151,8 @@ class Tiers:
 
     def end(self) -> None:
         """The run has ended and needs no going on; all ranks have settled."""
-        if self._place.local_rank == 0:
-            if self._writer is not None:
-                self._writer.close(clean=True)  # it still reads from the keeper what it was last told of
-                self._writer = None
-            elif self._disk_dir is not None:
-                with suppress(OSError):
-                    disk_folder.mark_ended(self._disk_dir)
+        self._disk.end()
+        if self._place.is_first_of_node:
             with suppress(KeeperError):
                 self._client.end()
         self.leave()
@@ -189,8 +162,7 @@ class Tiers:
         self.active = False
         with suppress(Exception):  # whatever it is, there is no training any more to tell it
             self._commit.settle(LEAVE_S)
-        if self._writer is not None:
-            self._writer.close(clean=False)
+        self._disk.leave()
         self._client.close()
 
     def _connect(self) -> None:
@@ -211,28 +183,6 @@ class Tiers:
         log.warning("MemoryCheckpoint captures no more in this run: %s", reason)
         self.leave()
 
-    def _write(self, step: int) -> None:
-        """Have a committed step written, by one rank of the host."""
-        if self._disk_dir is None or self._place.local_rank != 0:
-            return
-        try:
-            if self._writer is None:
-                shards = [SHARED, *(own_shard(rank) for rank in range(self._place.ranks))]
-                self._writer = DiskWriter(
-                    self._disk_dir,
-                    self._client.folder,
-                    self._job,
-                    shards,
-                    linger_s=self._linger_s,
-                    resumed_from=self._resumed_from,
-                )
-            self._writer.persist(step)
-            if failures := self._writer.status(0.0).failures:
-                log.warning("the disk tier could not write step %d: %s", *failures[-1])
-        except (InputError, OSError) as error:
-            log.warning("no more states go to disk in this run: %s", error)
-            self._disk_dir = None
-
     def _fits(self, meta: Meta) -> bool:
         return all(meta.get(name) == value for name, value in self._meta.items())
 
@@ -242,17 +192,3 @@ class Tiers:
         if meta.get("layout") != self._meta.get("layout"):
             return f"there is a state of ranks in the layout {meta.get('layout')}, and this is {self._meta.get('layout')}"
         return f"there is a state of {meta.get('module')} with other parameters than this {self._meta['module']}"
-
-
-def _claimed(disk_dir: Path | None, job: str) -> Path | None:
-    """Return the folder once it is the job's; one that cannot be written costs the disk tier only."""
-    if disk_dir is None:
-        return None
-    try:
-        disk_folder.claim(disk_dir, job)
-    except InputError as error:
-        if not isinstance(error.__cause__, OSError):
-            raise
-        log.warning("no states go to disk in this run: %s", error)
-        return None
-    return disk_dir

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import subprocess
 import time
 
 import torch
@@ -16,6 +17,7 @@ from lightning_plugins.callbacks.memory_checkpoint import MemoryCheckpoint
 from lightning_plugins.engines.resilience.commit import JobCommit
 from tests.callbacks.memory_checkpoint.runs import Regression, train
 from tests.callbacks.memory_checkpoint.runs import memory as memory_only
+from tests.ranks import linux
 from tests.ranks.rank import progress
 
 PHASES = ("start", "data", "forward", "backward", "optimizer", "capture", "end")
@@ -139,11 +141,20 @@ def run_sharded(rank, world_size, path, job, tensor_parallel=False, **options):
     )
 
 
-def run_on_hosts(rank, world_size, path, folders, job):
+def run_on_hosts(rank, world_size, path, folders, job, disk_dir=False, epochs=6, **options):
     """Train in plain DDP, a rank a host, each with a keeper of its own."""
     os.environ["XDG_RUNTIME_DIR"] = folders[rank]
     phases = Phases(f"{path}{rank}")
-    return train(memory_only(job), phases, strategy="ddp", devices=1, num_nodes=world_size, max_epochs=6)
+    memory = memory_only(job, disk_dir=disk_dir, disk_every_n_steps=2)
+    return train(memory, phases, strategy="ddp", devices=1, num_nodes=world_size, max_epochs=epochs, **options)
+
+
+def run_on_hosts_apart(rank, world_size, path, folders, job, disk_dir, root):
+    """Do so where ``root`` is a disk of each host's own."""
+    if rank > 0:
+        linux.leave_mounts()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", root], check=True)
+    return run_on_hosts(rank, world_size, path, folders, job, disk_dir, default_root_dir=root)
 
 
 def run(rank, world_size, path, job, memory=(), max_epochs=2):

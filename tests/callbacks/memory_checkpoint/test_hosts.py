@@ -4,11 +4,14 @@ import os
 import signal
 
 import pytest
+import torch
 
+from lightning_plugins.engines.resilience.disk_steps import steps
 from lightning_plugins.engines.resilience.keeper_client import KeeperClient
 from lightning_plugins.engines.resilience.secret import FILE_VARIABLE, new_secret_file
-from tests.callbacks.memory_checkpoint.killed import run_on_hosts
-from tests.callbacks.memory_checkpoint.runs import same
+from lightning_plugins.recipes.checkpoint_words import run_word
+from tests.callbacks.memory_checkpoint.killed import run_on_hosts, run_on_hosts_apart
+from tests.callbacks.memory_checkpoint.runs import Regression, same
 from tests.engines.resilience.keeper_parts import alive, eventually
 from tests.engines.resilience.peer_parts import inside
 
@@ -39,9 +42,9 @@ def two_hosts(hosts, tmp_path, monkeypatch):
         keeper.close()
 
 
-def start(ranks, made, tmp_path, folders, env, job):
-    arguments = (str(tmp_path / "phase"), [str(folder) for folder in folders], job)
-    return ranks.start(run_on_hosts, 2, *arguments, init=False, env=env, hosts=made.place(0, 1), timeout_s=120)
+def start(ranks, made, tmp_path, folders, env, job, *options, training=run_on_hosts):
+    arguments = (str(tmp_path / "phase"), [str(folder) for folder in folders], job, *options)
+    return ranks.start(training, 2, *arguments, init=False, env=env, hosts=made.place(0, 1), timeout_s=120)
 
 
 def test_a_host_lost_with_its_memory(ranks, two_hosts, tmp_path, monkeypatch):
@@ -66,6 +69,64 @@ def test_a_host_lost_with_its_memory(ranks, two_hosts, tmp_path, monkeypatch):
     assert len(found[1]["seen"]) < len(whole[1]["seen"])
     assert "from the memory of this host" in outputs[0]
     assert "from the memory of another host" in outputs[1]
+
+
+LONG = 60  # epochs of 3 batches: the writers start while the training runs
+
+
+def kill_both_with_their_memory(handle, made, keepers, folders, monkeypatch):
+    for rank in range(2):
+        handle.kill(rank)
+    assert handle.join(30) == [-signal.SIGKILL] * 2
+    for number, keeper in enumerate(keepers):
+        os.kill(keeper.keeper_pid, signal.SIGKILL)
+        assert eventually(lambda pid=keeper.keeper_pid: not alive(pid))
+        keeper.close()
+        keepers[number] = keeper_on(made.hosts[number], folders[number], monkeypatch)
+
+
+def test_both_hosts_lost_with_their_memory(ranks, two_hosts, tmp_path, monkeypatch):
+    made, keepers, folders, env = two_hosts
+    disk_dir = tmp_path / "storage"
+    options = (str(disk_dir), LONG)
+    with start(ranks, made, tmp_path, folders, env, "whole", False, LONG) as handle:
+        handle.join(120, until_failure=True)
+        whole = handle.results()
+    with start(ranks, made, tmp_path, folders, env, "lost", *options) as handle:
+        handle.wait_for("training")
+        assert eventually(lambda: len(steps(disk_dir / "fit-0")) == 2, 60)
+        kill_both_with_their_memory(handle, made, keepers, folders, monkeypatch)
+    on_disk = steps(disk_dir / "fit-0")
+    assert [one.damage for one in on_disk] == ["", ""]
+    assert run_word(["export", str(disk_dir / "fit-0"), "--output", str(tmp_path / "one.ckpt")]) == 0
+    exported = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    assert exported["global_step"] == on_disk[0].step
+    Regression().load_state_dict(exported["state_dict"])
+    with start(ranks, made, tmp_path, folders, env, "lost", *options) as handle:
+        handle.join(120, until_failure=True)
+        found = handle.results()
+        outputs = [handle.output(rank) for rank in range(2)]
+    assert [same(*pair) for pair in zip(whole, found, strict=True)] == [[], []]
+    assert all(0 < len(one["seen"]) < len(other["seen"]) for one, other in zip(found, whole, strict=True))
+    assert f"going on from step {on_disk[0].step}, from disk, {disk_dir}" in outputs[0]
+    assert f"from disk, {disk_dir}" in outputs[1]
+    assert {one for one in os.listdir(disk_dir / "fit-0") if not one.startswith("step-")} <= {"run.json", "writer.log"}
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_hosts_with_a_disk_each_are_told_so_once(ranks, two_hosts, tmp_path, is_named):
+    made, _, folders, env = two_hosts
+    root = tmp_path / "root"
+    root.mkdir()
+    options = (str(root / "steps") if is_named else None, str(root))
+    with start(ranks, made, tmp_path, folders, env, "apart", *options, training=run_on_hosts_apart) as handle:
+        handle.join(120, until_failure=True)
+        assert [len(one["seen"]) for one in handle.results()] == [18, 18]
+        outputs = [handle.output(rank) for rank in range(2)]
+    assert outputs[0].count("no states go to disk in this run: host 1 (") == 1
+    assert "give a disk_dir on storage that all hosts share, or disk_dir=False" in outputs[0]
+    assert "no states go to disk" not in outputs[1]
+    assert list(root.rglob("step-*")) == list(root.rglob(".start-*")) == []
 
 
 def test_without_a_secret_there_are_no_copies_and_it_is_said(ranks, hosts, tmp_path, monkeypatch):
