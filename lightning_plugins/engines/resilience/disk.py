@@ -83,7 +83,9 @@ def write_step(
     return publish(Path(disk_dir), step, fill, keep, past)
 
 
-def publish(disk_dir: Path, step: int, fill: Callable[[Path], None], keep: int, past: int | None) -> Path:
+def publish(
+    disk_dir: Path, step: int, fill: Callable[[Path], None], keep: int, past: int | None, within: Path | None = None
+) -> Path:
     """Give a step its name once its folder is filled; arguments and errors as for ``write_step``.
 
     Args:
@@ -92,16 +94,19 @@ def publish(disk_dir: Path, step: int, fill: Callable[[Path], None], keep: int, 
         fill: writes all files of the step into a folder; called while the lock on ``disk_dir`` is held.
         keep: how many whole steps are kept.
         past: the step that the run went on from.
+        within: where the step is made; if it is not there any more, somebody else writes now, and no other step is removed. None
+            is ``disk_dir``.
     """
     path = step_folder(disk_dir, step)
     try:
         with disk_folder.locked(disk_dir) as held:
             if held:
                 disk_folder.sweep(disk_dir)
-            disk_folder.fill_and_move(path, fill)
+            disk_folder.fill_and_move(path, fill, within)
             verify(path, cached=False)
             failpoint("resilience/disk/verified")
-            disk_folder.prune(disk_dir, step, keep, past)
+            if within is None or within.is_dir():
+                disk_folder.prune(disk_dir, step, keep, past)
     except OSError as error:
         raise disk_folder.refusal(disk_dir, error) from error
     return path

@@ -111,9 +111,15 @@ def sweep(disk_dir: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def fill_and_move(path: Path, fill: Callable[[Path], None]) -> None:
-    """Have a folder filled under a temporary name and give it its own; no other writer may be at work around it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+def fill_and_move(path: Path, fill: Callable[[Path], None], within: Path | None = None) -> None:
+    """Have a folder filled under a temporary name and give it its own; no other writer may be at work around it.
+
+    Args:
+        path: the folder.
+        fill: writes its files.
+        within: where the temporary name is, on the same file system; None is beside ``path``.
+    """
+    temporary = (within or path.parent) / f".{path.name}.{os.getpid()}{UNFINISHED}"
     try:
         temporary.mkdir()
         fill(temporary)

@@ -9,7 +9,8 @@ nothing that an earlier start left behind, even of the same step, gets into a st
 folder and writes torch's metadata, the manifest and the folder's name last, as for a step of one host.
 
 Folders of starts are numbered. With its first step a start removes those before it, and a writer without its folder writes no
-more: so an earlier start that is late cannot replace what a later one has written.
+more: so an earlier start that is late cannot replace what a later one has written. A step is made in the start's folder, too: so
+all of this holds where the file system has no locks, as many that are shared.
 """
 
 import os
@@ -17,8 +18,8 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,15 +95,12 @@ def write_piece(share: Share, step: int, shards: Mapping[str, Any], meta: Mappin
         write_shards(temporary, shards, keys, manifest)
         write_manifest(temporary, {**manifest, "start": Path(share.start).name, "node": share.node, "keys": keys.plain()})
 
-    _check_is_current(share)
-    try:
+    with _as_current(share, folder):
         folder.mkdir(exist_ok=True)
         for path in folder.iterdir():
             shutil.rmtree(path)
         failpoint("resilience/disk/piece")
         disk_folder.fill_and_move(step_folder(folder, step), fill)
-    except OSError as error:
-        raise disk_folder.refusal(folder, error) from error
 
 
 def complete(disk_dir: Path, share: Share, step: int, keep: int, past: int | None, given_up: Callable[[int], str]) -> None:
@@ -122,12 +120,12 @@ def complete(disk_dir: Path, share: Share, step: int, keep: int, past: int | Non
         DamagedFileError: if a piece is not what was written, or the disk does not give back the step.
     """
     deadline = time.monotonic() + share.gather_s
+    disk_folder.sweep(Path(share.start))  # only node 0's writer makes anything there
     pieces = [_await_piece(share, node, step, deadline, given_up) for node in range(share.nodes)]
     if any(piece["meta"] != pieces[0]["meta"] for piece in pieces):
         raise IncompleteError(f"the pieces of step {step} are of different captures")
 
     def fill(folder: Path) -> None:
-        _check_is_current(share)  # once more, now that the lock is held
         _remove_starts_before(disk_dir, Path(share.start).name)
         keys, manifest = KeyTable(), new_manifest(step, pieces[0]["meta"])
         for node, piece in enumerate(pieces):
@@ -138,7 +136,8 @@ def complete(disk_dir: Path, share: Share, step: int, keep: int, past: int | Non
             failpoint("resilience/disk/piece_moved")
         write_ends(folder, keys, manifest)
 
-    publish(disk_dir, step, fill, keep, past)
+    with _as_current(share, disk_dir):
+        publish(disk_dir, step, fill, keep, past, within=Path(share.start))
 
 
 def is_written(disk_dir: Path, share: Share, step: int) -> bool:
@@ -217,21 +216,41 @@ def _move_files(piece: Path, folder: Path, names: Mapping[str, Any]) -> None:
     shutil.rmtree(taken)
 
 
-def _check_is_current(share: Share) -> None:
+@contextmanager
+def _as_current(share: Share, folder: Path) -> Iterator[None]:
+    """Write into ``folder`` as long as this is the last start; that it is not any more is said in one way."""
+    gone = InputError(f"{share.start} is not there any more; a later start of the run writes here now, or has ended")
     if not Path(share.start).is_dir():
-        raise InputError(f"{share.start} is not there any more; a later start of the run writes here now, or has ended")
+        raise gone
+    try:
+        yield
+    except (OSError, InputError) as error:
+        if not Path(share.start).is_dir():
+            raise gone from error
+        raise disk_folder.refusal(folder, error) if isinstance(error, OSError) else error from error.__cause__
 
 
 def _remove_starts_before(disk_dir: Path, name: str) -> None:
     for one in _starts(disk_dir):
         if one < name:
-            shutil.rmtree(disk_dir / one, ignore_errors=True)
+            _remove(disk_dir / one)
+    for half_removed in disk_dir.glob(f"{PREFIX}*{disk_folder.UNFINISHED}"):
+        shutil.rmtree(half_removed, ignore_errors=True)
+
+
+def _remove(start: Path) -> None:
+    """Remove a start's folder in one go, so that nothing of it can be moved out while it is half there."""
+    doomed = start.with_name(f"{start.name}{disk_folder.UNFINISHED}")
+    with suppress(OSError):
+        os.rename(start, doomed)
+        failpoint("resilience/disk/start_removed")
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def remove_start(start: Path) -> None:
     """Remove the folder of a start that has ended, and those before it."""
     _remove_starts_before(start.parent, start.name)
-    shutil.rmtree(start, ignore_errors=True)
+    _remove(start)
 
 
 def _starts(disk_dir: Path) -> list[str]:

@@ -2,8 +2,8 @@
 
 On several hosts all writers have to take the same step, though each leaves out steps while it is busy. Node 0 decides, since its
 writer is the last to be done: before a step is captured it allows it in the store, if all writers have started and its own is not
-at work. Rank 0 has captured whatever is committed, so what it has allowed is there to be read when others see the step committed. A step that is due
-and not allowed is left out, and the next capture is due instead.
+at work. Rank 0 has captured whatever is committed, so what it has allowed is there to be read when others see the step committed.
+A step that is due and not allowed is left out, and the next capture is due instead.
 """
 
 import logging

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from lightning_plugins._support.errors import InputError
 from lightning_plugins._support.failpoints import VARIABLE, armed
-from lightning_plugins.engines.resilience import disk_folder, disk_pieces, disk_start
+from lightning_plugins.engines.resilience import disk, disk_folder, disk_pieces, disk_start
 from lightning_plugins.engines.resilience.commit import make_store
 from lightning_plugins.engines.resilience.disk import DamagedFileError, read_step, steps, write_step
 from lightning_plugins.engines.resilience.disk_client import DiskWriter
@@ -271,15 +271,37 @@ def test_an_earlier_start_that_is_late_replaces_nothing(disk_dir, start):
     assert check(disk_dir) == [20]
 
 
-def test_the_right_to_write_is_looked_at_with_the_lock_held(disk_dir, start, monkeypatch):
-    """The later start has its first step between the last piece of the earlier one and its lock."""
+@pytest.fixture
+def no_locks(monkeypatch):
+    monkeypatch.setattr(disk_folder, "locked", lambda disk_dir: nullcontext(False))
+
+
+@pytest.mark.parametrize(("module", "name", "shown"), [(disk_folder, "sync_folder", [20]), (disk, "verify", [20, 10])])
+def test_a_later_start_writes_in_between(disk_dir, start, monkeypatch, no_locks, module, name, shown):
+    """On a file system without locks, right before the earlier one gives its step a name, or right before it removes others."""
     write_pieces(start, 10)
-    monkeypatch.setattr(disk_pieces, "publish", lambda disk_dir, step, fill, keep, past: (shutil.rmtree(start), fill(disk_dir)))
-    with pytest.raises(InputError, match="a later start of the run writes here now"):
+    later = make_start(disk_dir)
+    write_pieces(later, 20)
+    real = getattr(module, name)
+
+    def in_between(*arguments, **options):
+        monkeypatch.setattr(module, name, real)
+        done = real(*arguments, **options)
+        complete(disk_dir, shares(later)[0], 20, 2, 10, patient)
+        return done
+
+    monkeypatch.setattr(module, name, in_between)
+    if shown == [20]:
+        with pytest.raises(InputError, match="a later start of the run writes here now"):
+            complete(disk_dir, shares(start)[0], 10, 2, -1, patient)
+    else:
         complete(disk_dir, shares(start)[0], 10, 2, -1, patient)
+    assert check(disk_dir) == shown
+    assert left_over(disk_dir) == []
 
 
 def complete_and_die(rank, world_size, disk_dir, start, failpoints):
+    disk_folder.locked = lambda disk_dir: nullcontext(False)
     with armed(failpoints):
         complete(Path(disk_dir), shares(start)[0], 20, 2, None, patient)
 
@@ -295,7 +317,7 @@ def complete_and_die(rank, world_size, disk_dir, start, failpoints):
         ("renamed=kill", [20, 10], [30, 20]),
     ],
 )
-def test_killed_while_a_step_is_put_together(ranks, disk_dir, start, place, shown, at_last):
+def test_killed_while_a_step_is_put_together(ranks, no_locks, disk_dir, start, place, shown, at_last):
     for step in (10, 20):
         write_pieces(start, step)
         if step == 10:
