@@ -276,7 +276,9 @@ def no_locks(monkeypatch):
     monkeypatch.setattr(disk_folder, "locked", lambda disk_dir: nullcontext(False))
 
 
-@pytest.mark.parametrize(("module", "name", "shown"), [(disk_folder, "sync_folder", [20]), (disk, "verify", [20, 10])])
+@pytest.mark.parametrize(
+    ("module", "name", "shown"), [(disk_folder, "sync_folder", [20]), (disk, "verify", [20, 10])], ids=["name", "removal"]
+)
 def test_a_later_start_writes_in_between(disk_dir, start, monkeypatch, no_locks, module, name, shown):
     """On a file system without locks, right before the earlier one gives its step a name, or right before it removes others."""
     write_pieces(start, 10)
