@@ -18,7 +18,7 @@ from lightning_plugins.engines.resilience.commit import JobCommit
 from lightning_plugins.engines.resilience.disk_tier import DiskTier
 from lightning_plugins.engines.resilience.keeper_client import KeeperClient, TooLittleMemoryError
 from lightning_plugins.engines.resilience.keeper_folder import KeeperError
-from lightning_plugins.engines.resilience.neighbours import Address, meet
+from lightning_plugins.engines.resilience.neighbours import Met, follow, meet
 from lightning_plugins.engines.resilience.place import Place as Place
 from lightning_plugins.engines.resilience.recovery import Found, Memory, Meta, Neighbours, Source, find
 from lightning_plugins.engines.resilience.shards import SHARED, own_shard, split
@@ -61,7 +61,7 @@ class Tiers:
         self.active = True
         self._job, self._meta, self._place, self._store, self._linger_s = job, meta, place, store, linger_s
         self._disk = DiskTier(disk_dir, job, place, store, disk_every_n_steps, linger_s)
-        self._neighbours: list[Address] = []
+        self._met = Met([])
         self._connect()
 
     @property
@@ -79,8 +79,8 @@ class Tiers:
             InputError: with ``resume=True``, on all ranks, if all that there is does not fit.
         """
         sources: list[Source] = [Memory(self._client, self._place.rank)]
-        if self._neighbours:
-            sources.append(Neighbours(self._client, self._neighbours, self._place.rank))
+        if self._met.others:
+            sources.append(Neighbours(self._client, self._met.others, self._place.rank))
         if (disk := self._disk.source()) is not None:
             sources.append(disk)
         found = find(sources, self._fits) if resume is not False else None
@@ -103,6 +103,8 @@ class Tiers:
         """Make the last captured step final, and have it written to disk when it is time; see ``JobCommit.settle``."""
         try:
             self._commit.settle(patient_s)
+            if self._store is not None and self._met.partner is not None:
+                self._met = self._met._replace(partner=follow(self._client, self._store, self._met.partner))
         except KeeperError as error:
             self._replace_keeper(error)
         except TooLittleMemoryError as error:
@@ -172,7 +174,7 @@ class Tiers:
         place = self._place
         if self._store is not None and place.nodes > 1:
             first = place.local_rank == 0
-            self._neighbours = meet(self._client, self._store, place.node, place.nodes, first, place.toward)
+            self._met = meet(self._client, self._store, place.node, place.nodes, first, place.toward)
 
     def _replace_keeper(self, error: object) -> None:
         log.warning("%s; MemoryCheckpoint goes on with a new one", error)

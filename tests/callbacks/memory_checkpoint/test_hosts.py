@@ -16,6 +16,7 @@ from tests.engines.resilience.keeper_parts import alive, eventually
 from tests.engines.resilience.peer_parts import inside
 
 pytestmark = [pytest.mark.adapter, pytest.mark.netns]
+LONG = 60  # epochs of 3 batches, in which keepers and writers are started while the training runs
 
 
 def keeper_on(host, folder, monkeypatch):
@@ -71,7 +72,21 @@ def test_a_host_lost_with_its_memory(ranks, two_hosts, tmp_path, monkeypatch):
     assert "from the memory of another host" in outputs[1]
 
 
-LONG = 60  # epochs of 3 batches: the writers start while the training runs
+def test_a_keeper_that_was_replaced_gets_copies(ranks, two_hosts, tmp_path, monkeypatch):
+    made, keepers, folders, env = two_hosts
+    with start(ranks, made, tmp_path, folders, env, "replaced", False, LONG) as handle:
+        handle.wait_for(("batch", 9))
+        handle.stop(1)  # so that the new keeper is not started by the rank, with which it would end
+        os.kill(keepers[1].keeper_pid, signal.SIGKILL)
+        assert eventually(lambda: not alive(keepers[1].keeper_pid))
+        keepers[1].close()
+        keepers[1] = keeper_on(made.hosts[1], folders[1], monkeypatch)
+        handle.cont(1)
+        with KeeperClient("replaced/0", folder=keepers[1].folder) as client:
+            assert eventually(lambda: any(one.is_copy and one.shard == "rank0" for one in client.generations()), 30)
+        handle.join(120, until_failure=True)
+        assert "goes on with a new one" in handle.output(1)
+        handle.results()
 
 
 def kill_both_with_their_memory(handle, made, keepers, folders, monkeypatch):
