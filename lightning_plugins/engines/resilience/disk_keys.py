@@ -111,8 +111,8 @@ class KeyTable:
                 key, number = f"{wanted}#{number}", number + 1
             paths[key] = entry.path if key == wanted else (key,)
             kind = kinds.setdefault(key, _kind(entry))
-            origin = torch.Size(entry.offset or [0] * len(entry.shape)) if entry.dtype else None
-            place = MetadataIndex(key, origin)
+            origin = torch.Size(entry.offset or [0] * len(entry.shape))
+            place = MetadataIndex(key, origin if entry.dtype else None)
             if not entry.whole:
                 places[place] = _StorageInfo(*entry.record)
             elif math.prod(entry.shape) and place not in places:  # a piece that several ranks hold counts once
