@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_plugins._lightning import Trainer
 from lightning_plugins.callbacks.memory_checkpoint._seams import OpenedLoop
-from lightning_plugins.engines.resilience.pieces import Path, pieces, take_apart
+from lightning_plugins.engines.resilience.tensor_pieces import Path, pieces, take_apart
 
 
 def is_sharded(trainer: Trainer) -> bool:

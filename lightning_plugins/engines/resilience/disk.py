@@ -5,8 +5,8 @@
 
 A step is a folder, see ``disk_steps``. Each tensor stands in its shard's file as ``torch.save`` writes it, so that
 ``torch.distributed.checkpoint.load(state, checkpoint_id=FOLDER)`` finds it under its path: ``state_dict.net.0.weight``; keys of
-other shards than "shared" begin with the shard's name. Pieces of sharded tensors (see ``pieces``) are chunks of one whole tensor,
-under the path that it has in each shard. For our own reading the skeleton of ``state_tree`` stands beside them.
+other shards than "shared" begin with the shard's name. Pieces of sharded tensors (see ``tensor_pieces``) are chunks of one
+whole tensor, under the path that it has in each shard. For our own reading the skeleton of ``state_tree`` stands beside them.
 
     write to .step-000000100.PID.part  ->  fsync of each file, of the folder  ->  rename  ->  fsync of disk_dir
     ->  read back from the disk  ->  only then are older steps removed

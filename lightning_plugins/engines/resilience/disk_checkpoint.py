@@ -7,8 +7,8 @@ from typing import Any
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.engines.resilience.disk import read_step
 from lightning_plugins.engines.resilience.disk_steps import MANIFEST, read_manifest, step_folder, steps
-from lightning_plugins.engines.resilience.pieces import PIECES, assemble
 from lightning_plugins.engines.resilience.shards import SHARED, join, own_shard
+from lightning_plugins.engines.resilience.tensor_pieces import PIECES, assemble
 
 _EXACT = ("exact_resume", "rank_state", "gradient_order")
 

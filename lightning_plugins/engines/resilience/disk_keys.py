@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from lightning_plugins.engines.resilience.pieces import Path, pieces
+from lightning_plugins.engines.resilience.tensor_pieces import Path, pieces
 
 
 class Record(NamedTuple):

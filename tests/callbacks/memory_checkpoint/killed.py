@@ -4,6 +4,7 @@ import mmap
 import os
 import subprocess
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -141,12 +142,32 @@ def run_sharded(rank, world_size, path, job, tensor_parallel=False, **options):
     )
 
 
-def run_on_hosts(rank, world_size, path, folders, job, disk_dir=False, epochs=6, **options):
+class SlowUntilOnDisk(Callback):
+    """Gives the writers time: they take seconds to start, and a batch takes none.
+
+    Args:
+        disk_dir: of ``MemoryCheckpoint``.
+    """
+
+    def __init__(self, disk_dir):
+        self.folder = Path(disk_dir) / "fit-0"
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if len(list(self.folder.glob("step-*"))) < 2:
+            time.sleep(0.3)
+
+
+def run_on_hosts(rank, world_size, path, folders, job, disk_dir=False, epochs=6, callbacks=(), **options):
     """Train in plain DDP, a rank a host, each with a keeper of its own."""
     os.environ["XDG_RUNTIME_DIR"] = folders[rank]
     phases = Phases(f"{path}{rank}")
     memory = memory_only(job, disk_dir=disk_dir, disk_every_n_steps=2)
-    return train(memory, phases, strategy="ddp", devices=1, num_nodes=world_size, max_epochs=epochs, **options)
+    return train(memory, phases, *callbacks, strategy="ddp", devices=1, num_nodes=world_size, max_epochs=epochs, **options)
+
+
+def run_on_storage(rank, world_size, path, folders, job, disk_dir, epochs):
+    """Do so with a folder on disk that all hosts see."""
+    return run_on_hosts(rank, world_size, path, folders, job, disk_dir, epochs, [SlowUntilOnDisk(disk_dir)])
 
 
 def run_on_hosts_apart(rank, world_size, path, folders, job, disk_dir, root):

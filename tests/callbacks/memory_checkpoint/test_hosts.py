@@ -10,13 +10,13 @@ from lightning_plugins.engines.resilience.disk_steps import steps
 from lightning_plugins.engines.resilience.keeper_client import KeeperClient
 from lightning_plugins.engines.resilience.secret import FILE_VARIABLE, new_secret_file
 from lightning_plugins.recipes.checkpoint_words import run_word
-from tests.callbacks.memory_checkpoint.killed import run_on_hosts, run_on_hosts_apart
+from tests.callbacks.memory_checkpoint.killed import run_on_hosts, run_on_hosts_apart, run_on_storage
 from tests.callbacks.memory_checkpoint.runs import Regression, same
 from tests.engines.resilience.keeper_parts import alive, eventually
 from tests.engines.resilience.peer_parts import inside
 
 pytestmark = [pytest.mark.adapter, pytest.mark.netns]
-LONG = 60  # epochs of 3 batches, in which keepers and writers are started while the training runs
+LONG = 40  # epochs of 3 batches, in which keepers and writers are started while the training runs
 
 
 def keeper_on(host, folder, monkeypatch):
@@ -107,7 +107,7 @@ def test_both_hosts_lost_with_their_memory(ranks, two_hosts, tmp_path, monkeypat
     with start(ranks, made, tmp_path, folders, env, "whole", False, LONG) as handle:
         handle.join(120, until_failure=True)
         whole = handle.results()
-    with start(ranks, made, tmp_path, folders, env, "lost", *options) as handle:
+    with start(ranks, made, tmp_path, folders, env, "lost", *options, training=run_on_storage) as handle:
         handle.wait_for("training")
         assert eventually(lambda: len(steps(disk_dir / "fit-0")) == 2, 60)
         kill_both_with_their_memory(handle, made, keepers, folders, monkeypatch)
@@ -117,7 +117,7 @@ def test_both_hosts_lost_with_their_memory(ranks, two_hosts, tmp_path, monkeypat
     exported = torch.load(tmp_path / "one.ckpt", weights_only=True)
     assert exported["global_step"] == on_disk[0].step
     Regression().load_state_dict(exported["state_dict"])
-    with start(ranks, made, tmp_path, folders, env, "lost", *options) as handle:
+    with start(ranks, made, tmp_path, folders, env, "lost", *options, training=run_on_storage) as handle:
         handle.join(120, until_failure=True)
         found = handle.results()
         outputs = [handle.output(rank) for rank in range(2)]

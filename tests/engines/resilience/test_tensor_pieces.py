@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from lightning_plugins.engines.resilience.disk import read_step, write_step
 from lightning_plugins.engines.resilience.disk_checkpoint import read_checkpoint
-from lightning_plugins.engines.resilience.pieces import take_apart
+from lightning_plugins.engines.resilience.tensor_pieces import take_apart
 from tests.engines.resilience.keeper_parts import assert_same
 
 MESH = {"mesh_dim_names": ("data_parallel", "tensor_parallel")}
