@@ -47,8 +47,9 @@ class MemoryCheckpoint(Callback):
     encrypted.
 
     It is made for one device, for DDP, and for ``ModelParallelStrategy`` (FSDP2), where each rank captures its own pieces. Under
-    ``memory_checkpoint/`` it logs ``blocked_ms`` (of the last capture), ``captured_mb`` and ``committed_step``, and once
-    after a replay ``replay_s``, the seconds that it took.
+    ``memory_checkpoint/`` it logs ``blocked_ms`` (of the last capture), ``captured_mb`` and ``committed_step``;
+    ``memory_age_s``, ``neighbour_age_s`` and ``disk_age_s``, how old the newest state of each tier is by the time of the next
+    capture; and once after a replay ``replay_s``, the seconds that it took.
 
     Args:
         job: name of the run; left out, a hash of the script's path and ``default_root_dir``.
@@ -240,11 +241,13 @@ class MemoryCheckpoint(Callback):
             check_loads(state)
             self._checked = True
         parameters = None if sharded else {name for name, _ in trainer.lightning_module.named_parameters()}
+        ages = {f"{tier}_age_s": age_s for tier, age_s in tiers.ages().items()}
         captured = tiers.capture(step, state, parameters, self.lazy and not sharded)
         self._numbers = {
             "blocked_ms": 1e3 * (time.perf_counter() - start_s),
             "captured_mb": 1e-6 * captured,
             "committed_step": float(tiers.committed),
+            **ages,
         }
 
     def _leave(self) -> None:

@@ -107,6 +107,11 @@ class DiskWriter:
         """Of the process."""
         return self._process.pid
 
+    @property
+    def newest(self) -> int:
+        """Newest step on the disk, when ``status`` was last asked for."""
+        return self._last.newest
+
     def persist(self, step: int) -> None:
         """Have a committed step written soon; errors as for ``revive``."""
         self.revive()

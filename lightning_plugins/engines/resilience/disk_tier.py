@@ -65,6 +65,11 @@ class DiskTier:
         else:
             self._to_read = self._to_write = _claimed(disk_dir, job)
 
+    @property
+    def newest(self) -> int:
+        """Newest step that is known to be on the disk, -1 if none is."""
+        return -1 if self._writer is None else self._writer.newest
+
     def source(self) -> Disk | None:
         """Return where states may be read from."""
         return None if self._to_read is None else Disk(self._to_read, self._job, self._place.rank)

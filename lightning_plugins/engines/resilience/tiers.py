@@ -5,6 +5,7 @@ replaced by a new one, which is empty.
 """
 
 import logging
+import time
 from collections.abc import Set
 from contextlib import suppress
 from pathlib import Path
@@ -62,12 +63,30 @@ class Tiers:
         self._job, self._meta, self._place, self._store, self._linger_s = job, meta, place, store, linger_s
         self._disk = DiskTier(disk_dir, job, place, store, disk_every_n_steps, linger_s)
         self._met = Met([])
+        self._captured_at: dict[int, float] = {}  # by step; no older ones than the tiers have
         self._connect()
 
     @property
     def committed(self) -> int:
         """The newest step that is the job's, -1 before the first."""
         return self._commit.committed
+
+    def ages(self) -> dict[str, float]:
+        """Return by tier for how many seconds a crash now would set the run back, as far as this start has filled the tier.
+
+        Returns:
+            ``memory``: of this host; ``neighbour``: the partner's, in whose memory all of this host's shards are; ``disk``.
+        """
+        newest = {"memory": self.committed, "disk": self._disk.newest}
+        now = time.monotonic()
+        ages = {tier: now - self._captured_at[step] for tier, step in newest.items() if step in self._captured_at}
+        needed = min((step for step in newest.values() if step >= 0), default=0)
+        self._captured_at = {step: at for step, at in self._captured_at.items() if step >= needed}
+        if self._met.partner is not None:
+            with suppress(KeeperError):
+                if (age_s := self._client.peer_status().get("age_s")) is not None:
+                    ages["neighbour"] = age_s
+        return ages
 
     def find(self, resume: bool | str) -> Found | None:
         """Return what this rank goes on from, and drop what it does not; to be called on every rank.
@@ -144,6 +163,7 @@ class Tiers:
         except TooLittleMemoryError as error:
             self._give_up(error)
             return 0
+        self._captured_at[step] = time.monotonic()
         self._commit.follow(step, later)
         return sum(writing.bytes for writing in begun.values())
 

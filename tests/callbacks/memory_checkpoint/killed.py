@@ -60,6 +60,7 @@ class Phases(Callback):
 
     def on_train_end(self, trainer, pl_module):
         self.enter("end")
+        print("logged:", *sorted(name for name in trainer.callback_metrics if name.startswith("memory_checkpoint/")))
 
 
 def watched(phases):

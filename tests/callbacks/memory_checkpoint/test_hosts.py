@@ -53,6 +53,7 @@ def test_a_host_lost_with_its_memory(ranks, two_hosts, tmp_path, monkeypatch):
     with start(ranks, made, tmp_path, folders, env, "whole") as handle:
         handle.join(120, until_failure=True)
         whole = handle.results()
+        assert all("memory_checkpoint/neighbour_age_s" in handle.output(rank) for rank in range(2))
     with start(ranks, made, tmp_path, folders, env, "lost") as handle:
         handle.wait_for(("batch", 9))
         handle.kill(1)

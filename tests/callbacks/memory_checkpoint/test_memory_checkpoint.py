@@ -294,9 +294,25 @@ def test_a_replay_is_logged(replay, caplog):
         assert lines[0].endswith(f": {read.numbers['memory_checkpoint/replay_s']:.2f} s")
 
 
-def test_it_logs_what_it_costs():
-    read = Read()
-    train(memory(), read)
-    assert set(read.numbers) == {f"memory_checkpoint/{name}" for name in ("blocked_ms", "captured_mb", "committed_step")}
+class Slow(Callback):
+    """A training whose batches take a while, for the writer to come along; notes when a step was done, by the step."""
+
+    def __init__(self):
+        self.done_at = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.done_at[trainer.global_step] = time.monotonic()
+        time.sleep(0.25)
+
+
+def test_it_logs_what_it_costs_and_how_old_the_tiers_are(tmp_path):
+    read, slow = Read(), Slow()
+    train(memory(disk_dir=tmp_path / "disk", disk_every_n_steps=2), slow, read, max_epochs=4)
+    names = ("blocked_ms", "captured_mb", "committed_step", "memory_age_s", "disk_age_s")
+    assert set(read.numbers) == {f"memory_checkpoint/{name}" for name in names}
     assert 0 < read.numbers["memory_checkpoint/blocked_ms"] < 1000
-    assert read.numbers["memory_checkpoint/committed_step"] >= 2
+    last = max(step for step in slow.done_at if step % 2 == 0 and step < max(slow.done_at))
+    assert read.numbers["memory_checkpoint/committed_step"] == last - 2
+    age_s = read.numbers["memory_checkpoint/memory_age_s"]
+    assert age_s == pytest.approx(slow.done_at[last] - slow.done_at[last - 2], abs=0.2)
+    assert age_s - 0.1 < read.numbers["memory_checkpoint/disk_age_s"] < slow.done_at[last] - slow.done_at[2] + 0.2
