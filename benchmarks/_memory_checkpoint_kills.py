@@ -70,7 +70,7 @@ def steps_inside(module: Counted, optimizer: torch.optim.Optimizer) -> set[int |
 
 
 def _whole(value: float) -> int | None:
-    return int(value) if value >= 0 and value == math.floor(value) else None
+    return int(value) if value >= 0 and value.is_integer() else None
 
 
 def _root(value: float) -> int | None:

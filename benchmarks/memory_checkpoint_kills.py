@@ -50,13 +50,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _keepers import end_keepers, keepers, kill, wait_until
 from _memory_checkpoint_kills import CADENCE, METHODS, NUMBER, Method, is_saved, start_anew, train, whole_on_disk
 from _results import write_results
 
 ROOT = Path(__file__).parents[1]
 CLOCK_S = 1.0  # a kill by the clock falls into it
 READY_WITHIN_S, AIM_WITHIN_S = 60.0, 5.0
-PARTS = ("lightning_plugins.engines.resilience.keeper", "lightning_plugins.engines.resilience.disk_writer")
 fork = multiprocessing.get_context("fork")  # no thread runs here; starting Python and Lightning anew takes seconds
 
 
@@ -97,19 +97,17 @@ class Trial:
                 self.wait_for_memory(generator)
             else:
                 self.wait_for_bytes(generator.uniform(0, 1e6 * self.state_mb * self.method.copies))
-            others = parts_of(self.runtime) if self.method.memory_lost else []
-            for pid in (process.pid, *others):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            others = keepers(self.runtime) if self.method.memory_lost else []
+            kill([process.pid, *others])
             process.join()
-            wait_until(lambda: not set(others) & set(parts_of(self.runtime)))
+            wait_until(lambda: not set(others) & set(keepers(self.runtime)))
             if process.exitcode != -signal.SIGKILL:
                 raise RuntimeError(f"the training with {self.name} ended by itself:\n{self.log.read_text()[-3000:]}")
             return {"method": self.name, "kill": "in a save" if aimed else "by the clock", **self.found()}
         finally:
             process.kill()
             process.join()
-            end_parts(self.runtime)
+            end_keepers(self.runtime)
 
     def wait(self, process: Any, is_so: Callable[[], bool], within_s: float) -> None:
         """Wait for something that the training does."""
@@ -142,7 +140,7 @@ class Trial:
 
     def wait_for_memory(self, generator: random.Random) -> None:
         """Return when a drawn number in one of the keeper's blocks changes, or after some seconds."""
-        (keeper,) = parts_of(self.runtime)
+        (keeper,) = keepers(self.runtime)
         blocks = []
         for path in Path(f"/proc/{keeper}/fd").iterdir():
             with suppress(OSError):
@@ -193,32 +191,6 @@ class Trial:
     def bytes_in(path: Path) -> int:
         """Return the bytes of a file, or of all files of a folder."""
         return sum(each.stat().st_size for each in [path, *path.rglob("*")] if each.is_file())
-
-
-def parts_of(runtime: Path) -> list[int]:
-    """Return the processes of MemoryCheckpoint that meet in a folder, and are nobody's children."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            line = path.read_bytes()
-            if str(runtime).encode() in line and any(part.encode() in line.split(b"\0") for part in PARTS):
-                found.append(int(path.parent.name))
-    return found
-
-
-def end_parts(runtime: Path) -> None:
-    """End what MemoryCheckpoint has left running for the next start, which there is not."""
-    for pid in parts_of(runtime):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not parts_of(runtime))
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    """Return when it is so, or after some seconds."""
-    deadline = time.monotonic() + AIM_WITHIN_S
-    while not is_so() and time.monotonic() < deadline:
-        time.sleep(0.005)
 
 
 @contextmanager
