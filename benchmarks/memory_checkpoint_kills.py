@@ -13,7 +13,7 @@ been loaded is judged by the numbers in every tensor, which tell their step (_me
 
     torn         the newest by name raised
     mixed        what was loaded has tensors of several steps
-    nothing      no save of the trial could be loaded
+    nothing      no save of the trial could be loaded; and of these, kills by the clock
     steps lost   steps that were done at the kill, less the step that was loaded; all of them if nothing was
     left over    bytes in files that belong to nothing that loads
 
@@ -55,6 +55,7 @@ from _memory_checkpoint_kills import CADENCE, METHODS, NUMBER, Method, is_saved,
 from _results import write_results
 
 ROOT = Path(__file__).parents[1]
+BY_THE_CLOCK, IN_A_SAVE = "by the clock", "in a save"
 CLOCK_S = 1.0  # a kill by the clock falls into it
 READY_WITHIN_S, AIM_WITHIN_S = 60.0, 5.0
 fork = multiprocessing.get_context("fork")  # no thread runs here; starting Python and Lightning anew takes seconds
@@ -103,7 +104,7 @@ class Trial:
             wait_until(lambda: not set(others) & set(keepers(self.runtime)))
             if process.exitcode != -signal.SIGKILL:
                 raise RuntimeError(f"the training with {self.name} ended by itself:\n{self.log.read_text()[-3000:]}")
-            return {"method": self.name, "kill": "in a save" if aimed else "by the clock", **self.found()}
+            return {"method": self.name, "kill": IN_A_SAVE if aimed else BY_THE_CLOCK, **self.found()}
         finally:
             process.kill()
             process.join()
@@ -229,6 +230,7 @@ def summary(names: list[str], trials: list[dict[str, Any]], state_mb: float) -> 
                 "state_mb": state_mb,
                 "trials": len(own),
                 **{what: sum(row[what] for row in own) for what in ("torn", "mixed", "nothing")},
+                "nothing_by_the_clock": sum(row["nothing"] for row in own if row["kill"] == BY_THE_CLOCK),
                 "steps_lost_median": f"{statistics.median(row['steps_lost'] for row in own):g}",
                 "steps_lost_max": max(row["steps_lost"] for row in own),
                 "left_over_median_mb": f"{statistics.median(float(row['left_over_mb']) for row in own):.1f}",
@@ -246,12 +248,13 @@ def report(rows: list[dict[str, Any]]) -> None:
         "torn": "torn",
         "mixed": "mixed",
         "nothing": "nothing",
+        "nothing_by_the_clock": "by clock",
         "steps_lost_median": "lost, median",
         "steps_lost_max": "max",
         "left_over_median_mb": "left over MB",
         "left_over_max_mb": "max",
     }
-    line = "{:36} {:>6} {:>5} {:>5} {:>7} {:>13} {:>4} {:>13} {:>6}"
+    line = "{:36} {:>6} {:>5} {:>5} {:>7} {:>8} {:>13} {:>4} {:>13} {:>6}"
     print(line.format("", *columns.values()))
     for row in rows:
         print(line.format(row["method"], *(str(row[name]) for name in columns)))

@@ -311,6 +311,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "p95_s": p95_s,
                 "max_s": max(row["total_s"] for row in own),
                 **{f"{part}_s": statistics.median(row[f"{part}_s"] for row in own) for part in PARTS},
+                **({"noticed_s": statistics.median(row["noticed_s"] for row in own)} if "noticed_s" in own[0] else {}),
                 "starts_median": statistics.median(row["starts"] for row in own),
                 "steps_again_median": statistics.median(row["steps_again"] for row in own),
             }
