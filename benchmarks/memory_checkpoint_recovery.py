@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _keepers import end_keepers, kill
+from _keepers import end_keepers, kill, wait_until
 from _memory_checkpoint_recovery import CADENCE, EPOCHS, FOLDER, FOUND, MET, REACHED
 from _results import write_results
 
@@ -150,7 +150,7 @@ class Launch:
     def end(self) -> None:
         """End all of it; a keeper is no descendant."""
         for each in self.launchers:
-            kill([each.pid, *descendants(each.pid)])
+            kill_but_trackers([each.pid, *descendants(each.pid)])
             each.wait()
 
 
@@ -254,7 +254,7 @@ def host_joins(
         for number in range(kills):
             time.sleep(generator.uniform(*TRAINED_S))
             done, killed_s = launch.done(), time.monotonic()
-            kill(inside(made.hosts[1]))
+            kill_but_trackers(inside(made.hosts[1]))
             launch.launchers[1].wait()
             launch.launchers[1] = start(launch.folder, RANKS + number, commands[1], environments[1])
             launch.wait_for_steps(1, killed_s)
@@ -276,7 +276,7 @@ def hosts_relaunched(
             if number < kills:
                 time.sleep(generator.uniform(*TRAINED_S))
                 done, killed_s = launch.done(), time.monotonic()
-                kill(inside(made.hosts[1]))
+                kill_but_trackers(inside(made.hosts[1]))
                 launch.launchers[0].wait(START_WITHIN_S)
                 noticed_s = time.monotonic()
 
@@ -291,6 +291,21 @@ def inside(host: Host) -> list[int]:
     """Return the processes of a host."""
     listed = subprocess.run(["ip", "netns", "pids", host.name], capture_output=True, check=True)
     return [int(pid) for pid in listed.stdout.split()]
+
+
+def kill_but_trackers(pids: list[int]) -> None:
+    """SIGKILL processes, but not those that remove Python's semaphores from /dev/shm when the others have gone, and then end."""
+    trackers = [pid for pid in pids if is_tracker(pid)]
+    kill([pid for pid in pids if pid not in trackers])
+    wait_until(lambda: not any(map(is_tracker, trackers)))
+
+
+def is_tracker(pid: int) -> bool:
+    """Tell whether a process is Python's tracker of resources."""
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
