@@ -22,7 +22,7 @@ from tests.ranks import linux
 from tests.ranks.rank import progress
 
 PHASES = ("start", "data", "forward", "backward", "optimizer", "capture", "end")
-STEP_S = 0.02  # added to forward, backward, data and optimizer, so that kills find them
+STEP_S = 0.02  # added to forward, backward, data, optimizer and commit, so that kills find them
 
 
 class Phases(Callback):
@@ -64,8 +64,8 @@ class Phases(Callback):
 
 
 def watched(phases):
-    """Let captures and commits say that they are under way."""
-    capture, run = MemoryCheckpoint._capture, JobCommit._run
+    """Let captures and commits say that they are under way, and what becomes of a sealed step take its time."""
+    capture, run, decide = MemoryCheckpoint._capture, JobCommit._run, JobCommit._decide
 
     def telling(self, *arguments):
         phases.enter("capture")
@@ -77,7 +77,13 @@ def watched(phases):
         run(self, *arguments)
         phases.bytes[1] = 0
 
-    MemoryCheckpoint._capture, JobCommit._run = telling, telling_too
+    def dawdling(self, step):
+        time.sleep(STEP_S / 8)
+        word = decide(self, step)
+        time.sleep(STEP_S / 8)
+        return word
+
+    MemoryCheckpoint._capture, JobCommit._run, JobCommit._decide = telling, telling_too, dawdling
 
 
 def run_combined(rank, world_size, path, job):
