@@ -41,9 +41,9 @@ def ways(loaders: Sequence[object], mode: str, replay: bool) -> list[str]:
             )
         if replay and _only_counts(loader):
             raise InputError(
-                f"training loader {number} reads {_data_set(loader)}, iterable and without a state, so torchdata's "
-                "StatefulDataLoader fetches once more, with other random numbers; give the data set state_dict and "
-                "load_state_dict, or give replay=False if it draws none"
+                f"training loader {number} reads {_data_set(loader)}, iterable and without a state of its own, so torchdata's "
+                "StatefulDataLoader may fetch once more, with other random numbers; give the data set state_dict and "
+                "load_state_dict, or give replay=False if its iterators have them or if it draws none"
             )
     # A loader that has ended before the others begins anew when it is given its state.
     ends_early = mode == "max_size" and len(loaders) > 1

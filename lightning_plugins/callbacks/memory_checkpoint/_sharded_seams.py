@@ -4,11 +4,10 @@ That strategy gathers or moves to the CPU all that a checkpoint has, and restore
 modules and optimizers are asked directly: their tensors are where they are, and nothing travels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_plugins._lightning import Trainer
@@ -43,27 +42,50 @@ def take_pieces(loop: OpenedLoop) -> dict[str, Any]:
             vars(strategy).pop(name)
 
 
-def put_back(trainer: Trainer, state: Mapping[str, Any]) -> None:
-    """Put pieces where they were; the strategy has been set up, with the same layout."""
-    module, shapes = trainer.lightning_module, {path: shape for path, _, shape, _ in pieces(state)}
+def restore_pieces(trainer: Trainer, state: Mapping[str, Any], give_up: Callable[[], None]) -> None:
+    """Have pieces put back when Lightning restores the model, after the module's hooks; until then ``ckpt_path`` is not known.
 
-    def rebuilt(path: Path, value: Any, like: Tensor) -> Any:
+    Args:
+        trainer: whose strategy has set the model up, in the same layout.
+        state: that ``OpenedLoop.resume`` was given.
+        give_up: called instead if it is another checkpoint that Lightning restores.
+    """
+    strategy = trainer.strategy
+    load = strategy.load_model_state_dict
+
+    def restore(checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        vars(strategy).pop("load_model_state_dict", None)
+        if checkpoint is state:
+            _put_back(trainer, checkpoint, strict)
+        else:
+            give_up()
+            load(checkpoint, strict=strict)
+
+    vars(strategy)["load_model_state_dict"] = restore
+
+
+def _put_back(trainer: Trainer, state: Mapping[str, Any], strict: bool) -> None:
+    shapes = {path: shape for path, _, shape, _ in pieces(state)}
+
+    def rebuilt(value: Any, path: Path, like: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: rebuilt(item, (*path, str(key)), like) for key, item in value.items()}
+        if isinstance(value, list):
+            return [rebuilt(item, (*path, number), like) for number, item in enumerate(value)]
         if path not in shapes or not isinstance(like, DTensor):
             return value
         stride = torch.empty(shapes[path], device="meta").stride()
         local = value.to(like.device)
         return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=shapes[path], stride=stride)
 
+    module = trainer.lightning_module
     own = module.state_dict()
-    weights = {name: rebuilt(("state_dict", name), value, own[name]) for name, value in state["state_dict"].items()}
-    module.load_state_dict(weights, strict=module.strict_loading)
+    weights = {name: rebuilt(value, ("state_dict", name), own.get(name)) for name, value in state["state_dict"].items()}
+    module.load_state_dict(weights, strict=strict)
     for number, (optimizer, saved) in enumerate(zip(trainer.optimizers, state["optimizer_states"], strict=True)):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         states = {
-            index: {
-                name: rebuilt(("optimizer_states", number, "state", str(index), name), value, parameters[index])
-                for name, value in of_parameter.items()
-            }
+            index: rebuilt(of_parameter, ("optimizer_states", number, "state", str(index)), parameters[index])
             for index, of_parameter in saved["state"].items()
         }
         optimizer.load_state_dict({**saved, "state": states})

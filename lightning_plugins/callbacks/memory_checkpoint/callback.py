@@ -20,7 +20,7 @@ from lightning_plugins._support.errors import InputError
 from lightning_plugins.callbacks.memory_checkpoint import job as jobs
 from lightning_plugins.callbacks.memory_checkpoint._ddp_seams import GradientOrder, replay
 from lightning_plugins.callbacks.memory_checkpoint._seams import OpenedLoop, refuse_loaders
-from lightning_plugins.callbacks.memory_checkpoint._sharded_seams import is_sharded, layout, put_back, take_pieces
+from lightning_plugins.callbacks.memory_checkpoint._sharded_seams import is_sharded, layout, restore_pieces, take_pieces
 from lightning_plugins.callbacks.memory_checkpoint.stopping import EXIT_CODE, StopSignal
 from lightning_plugins.engines.resilience.commit import make_store
 from lightning_plugins.engines.resilience.neighbours import interface_address
@@ -149,16 +149,14 @@ class MemoryCheckpoint(Callback):
         return found.state
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Step back where the user has named a checkpoint; put pieces back, which a rank has only now."""
-        pieces = None
-        if is_sharded(trainer) and not getattr(trainer, "fast_dev_run", False):
-            pieces = self._open(trainer, pl_module, {"world_size": trainer.world_size, "layout": layout(trainer)})
-        if pieces is not None and trainer.ckpt_path is None:
-            put_back(trainer, pieces)
-        if self._loop is not None and trainer.ckpt_path is not None and self._loop.give_up():
-            self._rank_state = None
-            self._gradient_order = []
-            rank_zero_warn(f"left aside what memory held of this job: fit was given ckpt_path={str(trainer.ckpt_path)!r}")
+        """Step back where the user has named a checkpoint; find pieces of the model, which a rank has only now."""
+        if not is_sharded(trainer):
+            if trainer.ckpt_path is not None:
+                self._give_way(trainer)
+        elif not getattr(trainer, "fast_dev_run", False):
+            place_meta = {"world_size": trainer.world_size, "layout": layout(trainer)}
+            if (state := self._open(trainer, pl_module, place_meta)) is not None:
+                restore_pieces(trainer, state, lambda: self._give_way(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse data that cannot be put back, before the first batch."""
@@ -170,7 +168,7 @@ class MemoryCheckpoint(Callback):
                 self._rank_state = None
             if self._gradient_order:
                 replay(trainer.strategy.model, pl_module, self._gradient_order)
-            else:
+            elif not is_sharded(trainer):  # nothing lays gradients out anew there
                 self._order = GradientOrder(pl_module)
             self._stop = StopSignal(self._store)
 
@@ -202,6 +200,13 @@ class MemoryCheckpoint(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave; the memory stays for the next start."""
         self._leave()
+
+    def _give_way(self, trainer: Trainer) -> None:
+        """Do not go on from what was found: Lightning goes on from a checkpoint that the user has named."""
+        if self._loop is not None and self._loop.give_up():
+            self._rank_state = None
+            self._gradient_order = []
+            rank_zero_warn(f"left aside what memory held of this job: fit was given ckpt_path={str(trainer.ckpt_path)!r}")
 
     def _folder(self, trainer: Trainer, job: str, fit: int) -> Path | None:
         """Return the folder of this fit's steps on disk, the same on all ranks."""

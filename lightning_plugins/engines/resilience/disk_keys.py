@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from lightning_plugins.engines.resilience.tensor_pieces import Path, pieces
+from lightning_plugins.engines.resilience.shards import own_shard
+from lightning_plugins.engines.resilience.tensor_pieces import PIECES, Path, pieces
 
 
 class Record(NamedTuple):
@@ -41,7 +42,7 @@ class Entry(NamedTuple):
         dtype: without "torch."; empty for a value.
         shape: of what was written.
         record: where it lies.
-        whole: shape of the tensor that it is a piece of; empty for what is no piece.
+        whole: shape of the tensor that it is a piece of; None for what is no piece.
         offset: of its first element in that tensor.
     """
 
@@ -49,7 +50,7 @@ class Entry(NamedTuple):
     dtype: str
     shape: Sequence[int]
     record: Record
-    whole: Sequence[int] = ()
+    whole: Sequence[int] | None = None
     offset: Sequence[int] = ()
 
 
@@ -71,11 +72,13 @@ class KeyTable:
 
         Args:
             prefix: that all its paths begin with.
-            state: nested dicts and lists; its ``pieces`` are chunks of whole tensors, whose paths have no prefix.
+            state: nested dicts and lists. Its ``tensor_pieces`` are chunks of whole tensors, whose paths have no prefix; where
+                there are pieces, all else that rank 0 has is under paths without it, too.
             tensors: those of it that have been written, each once.
             records: where each of them lies.
             save: writes any other value.
         """
+        first, parts = len(self._entries), list(pieces(state))
         known = {_identity(tensor): record for tensor, record in zip(tensors, records, strict=True)}
         for path, value in _leaves(prefix, state):
             record = known.get(_identity(value)) if isinstance(value, Tensor) and value.layout == torch.strided else None
@@ -83,7 +86,11 @@ class KeyTable:
                 self.add_tensor(path, value, record)
             else:
                 self._entries.append(Entry(path, "", (), save(value)))
-        for path, piece, whole, offset in pieces(state):
+        if parts and prefix == (own_shard(0),):
+            apart = {path for path, *_ in parts} | {(PIECES,)}
+            rest = [entry._replace(path=entry.path[1:]) for entry in self._entries[first:]]
+            self._entries += [entry for entry in rest if entry.path not in apart]
+        for path, piece, whole, offset in parts:
             self._entries.append(Entry(path, _name(piece), tuple(piece.shape), known[_identity(piece)], whole, offset))
 
     def add_tensor(self, path: Path, tensor: Tensor, record: Record) -> None:
@@ -107,13 +114,13 @@ class KeyTable:
         for entry in self._entries:
             key = wanted = ".".join(map(str, entry.path))
             number = 2
-            while key in kinds and not entry.whole:  # the keys 1 and "1" of one dict, for which torch refuses the whole state
+            while key in kinds and entry.whole is None:  # the keys 1 and "1" of one dict, for which torch refuses the whole state
                 key, number = f"{wanted}#{number}", number + 1
             paths[key] = entry.path if key == wanted else (key,)
             kind = kinds.setdefault(key, _kind(entry))
             origin = torch.Size(entry.offset or [0] * len(entry.shape))
             place = MetadataIndex(key, origin if entry.dtype else None)
-            if not entry.whole:
+            if entry.whole is None:
                 places[place] = _StorageInfo(*entry.record)
             elif math.prod(entry.shape) and place not in places:  # a piece that several ranks hold counts once
                 kind.chunks.append(ChunkStorageMetadata(origin, torch.Size(entry.shape)))
@@ -126,7 +133,7 @@ def _kind(entry: Entry) -> Any:
     if not entry.dtype:
         return BytesStorageMetadata()
     properties = TensorProperties(dtype=getattr(torch, entry.dtype))
-    if entry.whole:
+    if entry.whole is not None:
         return TensorStorageMetadata(properties, torch.Size(entry.whole), [])
     size = torch.Size(entry.shape)
     return TensorStorageMetadata(properties, size, [ChunkStorageMetadata(torch.Size([0] * len(size)), size)])

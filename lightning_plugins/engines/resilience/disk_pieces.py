@@ -191,6 +191,8 @@ def _await_piece(share: Share, node: int, step: int, deadline: float, given_up: 
             return _read_piece(share, node, step_folder(folder, step))
         if max(there, default=-1) > step:
             raise IncompleteError(f"node {node} has left out step {step}")
+        if not Path(share.start).is_dir():
+            raise _gone(share)
         if reason := given_up(step):
             raise IncompleteError(reason)
         if time.monotonic() > deadline:
@@ -219,15 +221,18 @@ def _move_files(piece: Path, folder: Path, names: Mapping[str, Any]) -> None:
 @contextmanager
 def _as_current(share: Share, folder: Path) -> Iterator[None]:
     """Write into ``folder`` as long as this is the last start; that it is not any more is said in one way."""
-    gone = InputError(f"{share.start} is not there any more; a later start of the run writes here now, or has ended")
     if not Path(share.start).is_dir():
-        raise gone
+        raise _gone(share)
     try:
         yield
     except (OSError, InputError) as error:
         if not Path(share.start).is_dir():
-            raise gone from error
+            raise _gone(share) from error
         raise disk_folder.refusal(folder, error) if isinstance(error, OSError) else error from error.__cause__
+
+
+def _gone(share: Share) -> InputError:
+    return InputError(f"{share.start} is not there any more; a later start of the run writes here now, or has ended")
 
 
 def _remove_starts_before(disk_dir: Path, name: str) -> None:
@@ -248,9 +253,19 @@ def _remove(start: Path) -> None:
 
 
 def remove_start(start: Path) -> None:
-    """Remove the folder of a start that has ended, and those before it."""
-    _remove_starts_before(start.parent, start.name)
+    """Remove the folder of a start that has ended, and those before it, as far as that can be done."""
+    with suppress(OSError):
+        _remove_starts_before(start.parent, start.name)
     _remove(start)
+
+
+def remove_starts(disk_dir: Path) -> None:
+    """Remove the folders of all starts on several hosts, whose writers write no more then: a run on one host begins to write.
+
+    Raises:
+        OSError: if the folder cannot be read.
+    """
+    _remove_starts_before(disk_dir, PREFIX + "~")
 
 
 def _starts(disk_dir: Path) -> list[str]:

@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch._C._distributed_c10d import Store
+from torch.distributed import Store
 
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.engines.resilience import disk_folder, disk_pieces
@@ -52,6 +52,7 @@ def open_together(disk_dir: Path, owner: str, place: Place, store: Store) -> Ope
 
     Raises:
         InputError: on all ranks, if the folder is another job's.
+        RuntimeError: of the store, if a host has not said within a minute what it sees.
     """
     store.set_timeout(timedelta(seconds=MEET_S))
     if place.rank == 0:
@@ -89,7 +90,12 @@ def _begin(disk_dir: Path, owner: str) -> dict[str, str]:
 
 
 def _look(disk_dir: Path, begun: dict[str, str], place: Place) -> dict[str, Any]:
-    found = {"steps": _digest(disk_dir), "sees": False, "reason": begun.get("failed", "")}
+    found = {"steps": "", "sees": False, "reason": begun.get("failed", "")}
+    try:
+        found["steps"] = _digest(disk_dir)
+    except OSError as error:
+        found["reason"] = found["reason"] or f"{host_name(place.node)}: {disk_folder.refusal(disk_dir, error)}"
+        return {**found, "steps": f"unreadable on host {place.node}"}
     if "start" in begun:
         found["sees"] = _sees(disk_dir, begun["start"])
         if not found["sees"]:

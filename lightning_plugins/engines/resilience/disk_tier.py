@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch._C._distributed_c10d import Store
+from torch.distributed import Store
 
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.engines.resilience import disk_folder, disk_pieces, disk_start
@@ -118,9 +118,9 @@ class DiskTier:
         if self._writer is not None:
             self._writer.close(clean=True)  # it still reads from the keeper what it was last told of
             self._writer = None
-        elif self._to_write is not None and self._place.node == 0:
-            with suppress(OSError):
-                disk_folder.mark_ended(self._to_write)
+        elif self._to_read is not None and self._place.node == 0:  # steps that were only read from need no going on either
+            with suppress(OSError, InputError):
+                disk_folder.mark_ended(self._to_read)
         if self._start is not None and self._place.node == 0:
             disk_pieces.remove_start(self._start)
 

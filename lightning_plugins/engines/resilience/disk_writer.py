@@ -181,6 +181,8 @@ class Writer:
             except KeeperError:  # overwritten in the meantime: there is a newer one
                 if attempt == _TRIES - 1:
                     raise
+        if not self._has_written:
+            disk_pieces.remove_starts(self.disk_dir)
         disk.write_step(self.disk_dir, chosen, states, meta, self.keep, past=self._past())
         self._note_written()
         return chosen

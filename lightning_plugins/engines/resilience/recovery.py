@@ -143,7 +143,11 @@ class Disk:
 
     def metas(self) -> dict[int, Meta]:
         """See ``Source``."""
-        record = disk_folder.read_run(self._disk_dir) or {}
+        try:
+            record = disk_folder.read_run(self._disk_dir) or {}
+        except OSError as error:
+            log.warning("steps on disk cannot be looked for: %s", error)
+            return {}
         if record.get("job") != self._owner or record.get("ended"):
             return {}
         return {one.step: one.meta for one in steps(self._disk_dir, thorough=False) if not one.damage}

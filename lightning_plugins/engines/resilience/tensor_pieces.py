@@ -1,10 +1,11 @@
 """States of which each rank holds pieces: of a tensor that is sharded over ranks, only the rank's own part is kept.
 
     state = take_apart(state)       # DTensors become plain local tensors
-    state["pieces"]                 # [[["state_dict", "net.weight"], [1024, 64], [512, 0]], ...]: path, whole shape, offset
+    state[PIECES]                   # [[["state_dict", "net.weight"], [1024, 64], [512, 0]], ...]: path, whole shape, offset
     whole = assemble([state of rank 0, state of rank 1, ...])
 
-Paths are those of ``torch.distributed.checkpoint``: keys of dicts as text, places in lists as numbers.
+Paths are those of ``torch.distributed.checkpoint``: keys of dicts as text, places in lists as numbers. Where a piece lies in the
+whole is asked of a private function of torch, since that package has it from there, too.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,26 +16,27 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-PIECES = "pieces"
+PIECES = "memory_checkpoint_pieces"
 _SHARDED = ("state_dict", "optimizer_states")
 
 Path = tuple[str | int, ...]
 
 
 def take_apart(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state whose parameters and optimizer states are plain tensors, with a table of those that are pieces.
+    """Return a state of plain tensors: pieces of parameters and optimizer states, with a table of them, and all others whole.
 
     Args:
-        state: what Lightning calls a checkpoint; nothing of it is changed or copied.
+        state: what Lightning calls a checkpoint; nothing of it is changed, and pieces are not copied. What else is a DTensor, the
+            norm of a gradient that was logged, say, is gathered, so all ranks have to call this.
     """
     table: list[Any] = []
-    taken = {name: _localized(value, (name,), table) if name in _SHARDED else value for name, value in state.items()}
+    taken = {name: _localized(value, (name,), table) if name in _SHARDED else _whole(value) for name, value in state.items()}
     return {**taken, PIECES: table}
 
 
-def pieces(state: Mapping[str, Any]) -> Iterator[tuple[Path, Tensor, torch.Size, torch.Size]]:
+def pieces(state: Any) -> Iterator[tuple[Path, Tensor, torch.Size, torch.Size]]:
     """Yield path, local tensor, shape of the whole and offset in it for each piece of a state."""
-    for path, shape, offset in state.get(PIECES, ()):
+    for path, shape, offset in state.get(PIECES, ()) if isinstance(state, Mapping) else ():
         value: Any = state
         for key in path:
             value = _child(value, key)
@@ -75,6 +77,16 @@ def _localized(value: Any, path: Path, table: list[Any]) -> Any:
         return {key: _localized(item, (*path, str(key)), table) for key, item in value.items()}
     if isinstance(value, list):
         return [_localized(item, (*path, number), table) for number, item in enumerate(value)]
+    return value
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, DTensor):
+        return value.full_tensor().detach()
+    if type(value) is dict:
+        return {key: _whole(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_whole(item) for item in value)
     return value
 
 

@@ -18,7 +18,7 @@ from lightning_plugins.engines.resilience.agreement import first_reason
 from lightning_plugins.engines.resilience.commit import JobCommit
 from lightning_plugins.engines.resilience.disk_tier import DiskTier
 from lightning_plugins.engines.resilience.keeper_client import KeeperClient, TooLittleMemoryError
-from lightning_plugins.engines.resilience.keeper_folder import KeeperError
+from lightning_plugins.engines.resilience.keeper_folder import KeeperError, KeeperLostError
 from lightning_plugins.engines.resilience.neighbours import Met, follow, meet
 from lightning_plugins.engines.resilience.place import Place as Place
 from lightning_plugins.engines.resilience.recovery import Found, Memory, Meta, Neighbours, Source, find
@@ -122,8 +122,7 @@ class Tiers:
         """Make the last captured step final, and have it written to disk when it is time; see ``JobCommit.settle``."""
         try:
             self._commit.settle(patient_s)
-            if self._store is not None and self._met.partner is not None:
-                self._met = self._met._replace(partner=follow(self._client, self._store, self._met.partner))
+            self._follow_partner()
         except KeeperError as error:
             self._replace_keeper(error)
         except TooLittleMemoryError as error:
@@ -160,7 +159,7 @@ class Tiers:
         except KeeperError as error:
             self._replace_keeper(error)
             return 0
-        except TooLittleMemoryError as error:
+        except (TooLittleMemoryError, InputError) as error:  # a value that has become one which cannot be kept
             self._give_up(error)
             return 0
         self._captured_at[step] = time.monotonic()
@@ -180,7 +179,7 @@ class Tiers:
         self.leave()
 
     def leave(self) -> None:
-        """Go; what is in memory stays for a while, and the newest step goes to disk if the disk has been written to."""
+        """Go; what is in memory stays for a while, and the newest step goes to disk if its writer has been started."""
         self.active = False
         with suppress(Exception):  # whatever it is, there is no training any more to tell it
             self._commit.settle(LEAVE_S)
@@ -196,10 +195,26 @@ class Tiers:
             first = place.local_rank == 0
             self._met = meet(self._client, self._store, place.node, place.nodes, first, place.toward)
 
+    def _follow_partner(self) -> None:
+        """Push to wherever the partner's keeper is; a partner that cannot be pushed to costs its copies alone."""
+        if self._store is None or self._met.partner is None:
+            return
+        try:
+            partner = follow(self._client, self._store, self._met.partner)
+        except KeeperLostError:
+            raise
+        except KeeperError as error:
+            log.warning("there are no more copies on host %d: %s", self._met.partner.node, error)
+            partner = None
+        self._met = self._met._replace(partner=partner)
+
     def _replace_keeper(self, error: object) -> None:
         log.warning("%s; MemoryCheckpoint goes on with a new one", error)
         self._client.close()
-        self._connect()
+        try:
+            self._connect()
+        except (RuntimeError, OSError) as failure:  # a keeper's errors are among them
+            self._give_up(failure)
 
     def _give_up(self, reason: object) -> None:
         log.warning("MemoryCheckpoint captures no more in this run: %s", reason)

@@ -148,7 +148,7 @@ def test_a_stream_without_a_state_that_draws_nothing(workers):
     def make():
         return stateful(Counted(), batch_size=BATCH, num_workers=workers)
 
-    with pytest.raises(InputError, match="reads Counted, iterable and without a state, so torchdata's StatefulDataLoader"):
+    with pytest.raises(InputError, match="reads Counted, iterable and without a state of its own, so torchdata's"):
         refused(make(), "min_size", True)
     assert differing(make, (0, *PLACES), replay=False, **EPOCHS) == {}
 

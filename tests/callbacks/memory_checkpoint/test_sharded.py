@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_plugins._lightning import Callback, Trainer, submodule
+from lightning_plugins._lightning import Callback, Trainer, seed_everything, submodule
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.callbacks.memory_checkpoint import MemoryCheckpoint
 from lightning_plugins.engines.resilience.disk_checkpoint import read_checkpoint
@@ -14,13 +14,14 @@ from tests.engines.resilience.keeper_parts import assert_same
 
 pytestmark = pytest.mark.adapter
 __all__ = ["keeper"]
+SAVED_AT = 3
 
 
 class Recording(Callback):
     """Notes the whole weights and averages of gradients that training begins with and those after every step; may crash."""
 
-    def __init__(self, crash_at):
-        self.seen, self.crash_at = {}, crash_at
+    def __init__(self, crash_at, save_to):
+        self.seen, self.crash_at, self.save_to = {}, crash_at, save_to
 
     def on_train_start(self, trainer, pl_module):
         self.note(trainer, pl_module)
@@ -29,6 +30,8 @@ class Recording(Callback):
         self.note(trainer, pl_module)
 
     def on_train_batch_start(self, trainer, pl_module, *_):
+        if self.save_to is not None and trainer.global_step == SAVED_AT:
+            trainer.save_checkpoint(self.save_to)
         if trainer.global_step == self.crash_at:
             raise KeyError("a fault")
 
@@ -38,30 +41,50 @@ class Recording(Callback):
         self.seen[trainer.global_step] = ({name: whole(value) for name, value in module.state_dict().items()}, averages)
 
 
+class Keeping(Sharded):
+    """Leaves a weight out of its checkpoints and puts its own back, as modules do with weights from elsewhere."""
+
+    def on_save_checkpoint(self, checkpoint):
+        del checkpoint["state_dict"]["second.weight"]
+
+    def on_load_checkpoint(self, checkpoint):
+        checkpoint["state_dict"]["second.weight"] = self.second.weight.detach()
+
+
 def whole(value):
     return (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
 
 
-def fit(rank, world_size, memory, crash_at=None, ckpt_path=None, tensor_parallel=False):
+def fit(rank, world_size, memory, options):
     """Train with pieces on all ranks; return what was recorded, and the sentence of an error."""
-    recording = Recording(crash_at)
+    seed_everything(3)
+    recording = Recording(options.get("crash_at"), options.get("save_to"))
+    tensor_parallel = options.get("tensor_parallel", False)
     data, tensor = (1, world_size) if tensor_parallel else (world_size, 1)
     strategy = submodule("strategies").ModelParallelStrategy(data_parallel_size=data, tensor_parallel_size=tensor)
     callbacks = [recording, *([MemoryCheckpoint(**memory)] if memory else [])]
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(accelerator="cpu", devices=world_size, strategy=strategy, callbacks=callbacks, max_epochs=3, **quiet)
     try:
-        trainer.fit(Sharded(tensor_parallel), ckpt_path=ckpt_path)
-    except (InputError, KeyError) as error:
+        trainer.fit(options.get("module", Sharded)(tensor_parallel), ckpt_path=options.get("ckpt_path"))
+    except (InputError, KeyError, RuntimeError) as error:  # the last of a rank that sees another crash before it does
         return recording.seen, str(error)
     return recording.seen, ""
 
 
+@pytest.fixture
+def train(ranks, keeper):
+    """Fit on a number of ranks; return what each has recorded, and its error."""
+    return lambda world_size, memory, **options: ranks.run(
+        fit, world_size, memory, options, init=False, env=keeper, timeout_s=120
+    )
+
+
 @OLD
-def test_others_go_on_from_its_steps(ranks, keeper, tmp_path):
+def test_others_go_on_from_its_steps(train, tmp_path):
     """In another number of ranks, from the one ordinary checkpoint that is made of all pieces."""
     memory = {"job": "a", "every_n_steps": 2, "disk_dir": str(tmp_path / "disk"), "disk_every_n_steps": 2}
-    recorded, error = ranks.run(fit, 2, memory, init=False, env=keeper, timeout_s=120)[0]
+    recorded, error = train(2, memory)[0]
     assert error == ""
     newest = steps(tmp_path / "disk" / "fit-0")[0]
     assert newest.step >= 6
@@ -70,20 +93,43 @@ def test_others_go_on_from_its_steps(ranks, keeper, tmp_path):
     assert_same(dict(checkpoint["state_dict"]), weights)
     assert_same([state["exp_avg"] for state in checkpoint["optimizer_states"][0]["state"].values()], averages)
     torch.save(checkpoint, tmp_path / "whole.ckpt")
-    found, error = ranks.run(fit, 3, None, None, str(tmp_path / "whole.ckpt"), init=False, env=keeper, timeout_s=120)[0]
+    found, error = train(3, None, ckpt_path=str(tmp_path / "whole.ckpt"))[0]
     assert (error, min(found)) == ("", newest.step)
     assert_same(found[newest.step], (weights, averages))
 
 
 @OLD
-def test_pieces_of_another_layout_do_not_fit(ranks, keeper):
+def test_pieces_of_another_layout_do_not_fit(train):
     memory = {"job": "a", "every_n_steps": 2, "disk_dir": False, "resume": True}
-    ranks.run(fit, 2, memory, 7, init=False, env=keeper, timeout_s=120)
+    train(2, memory, crash_at=7)
     for world_size, tensor_parallel, words in (
         (3, False, "a state of 2 ranks, and there are 3"),
         (2, True, "a state of ranks in the layout data_parallel=2, tensor_parallel=1, and this is data_parallel=1, tensor_par"),
     ):
-        found = ranks.run(fit, world_size, memory, None, None, tensor_parallel, init=False, env=keeper, timeout_s=120)
+        found = train(world_size, memory, tensor_parallel=tensor_parallel)
         assert all(words in error and not seen for seen, error in found)
-    found = ranks.run(fit, 2, {**memory, "resume": "auto"}, None, None, True, init=False, env=keeper, timeout_s=120)
+    found = train(2, {**memory, "resume": "auto"}, tensor_parallel=True)
     assert [(min(seen), error) for seen, error in found] == [(0, "")] * 2
+
+
+@OLD
+def test_a_named_checkpoint_wins(train, tmp_path):
+    memory = {"job": "a", "every_n_steps": 2, "disk_dir": False}
+    train(2, None, crash_at=7, save_to=str(tmp_path / "named"))
+    train(2, memory, crash_at=7)
+    alone = train(2, None, ckpt_path=str(tmp_path / "named"))
+    beside = train(2, memory, ckpt_path=str(tmp_path / "named"))
+    assert min(alone[0][0]) == SAVED_AT
+    assert_same(beside, alone)
+
+
+@OLD
+def test_a_module_changes_what_is_restored(train):
+    memory = {"job": "a", "every_n_steps": 2, "disk_dir": False}
+    expected, _ = train(2, memory, module=Keeping)[0]
+    train(2, memory, crash_at=7, module=Keeping)
+    found, error = train(2, memory, module=Keeping)[0]
+    assert (error, min(found)) == ("", 6)
+    assert_same(found[6][0].pop("second.weight"), Sharded().second.weight.detach())
+    expected[6][0].pop("second.weight")
+    assert_same(found[6], expected[6])

@@ -443,6 +443,34 @@ def test_a_host_that_may_not_write_is_named_and_all_may_read(tmp_path, meet, nod
     assert list(tiers[1 - node].source().metas()) == [10]
 
 
+@pytest.mark.parametrize("unreadable", [(0, 1), (1,)], ids=["on all hosts", "on one"])
+def test_a_folder_that_cannot_be_read_costs_the_tier(tmp_path, meet, unreadable, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    folders = [tmp_path / "file" / "disk" if node in unreadable else tmp_path / "disk" for node in range(2)]
+    numbered = disk_start.numbered
+
+    def listed(folder):
+        if folder == folders[1]:
+            raise PermissionError(13, "Permission denied")
+        return numbered(folder)
+
+    monkeypatch.setattr(disk_start, "numbered", listed)
+    tiers = meet(*folders)
+    assert [tier.source() and tier.source().metas() for tier in tiers] in ([None, None], [{}, {}])
+    assert "no states go to disk in this run: " in caplog.text
+    assert "Permission denied" in caplog.text or 0 in unreadable
+    for tier in tiers:
+        tier.end()
+
+
+def test_a_run_ends_though_its_folder_has_gone(nodes, tmp_path, meet):
+    disk_dir = tmp_path / "disk"
+    join(nodes, meet(disk_dir, disk_dir))
+    shutil.rmtree(disk_dir)
+    for node in reversed(nodes):
+        node.tier.end()
+
+
 @pytest.mark.parametrize("what", ["full", "kill"])
 def test_a_host_that_fails_costs_the_step_and_is_named(nodes, tmp_path, meet, monkeypatch, caplog, what):
     disk_dir = tmp_path / "disk"

@@ -246,6 +246,16 @@ def test_a_run_that_goes_on_keeps_its_past_and_no_other(client, started, tmp_pat
     assert eventually(lambda: read_run(tmp_path / "disk")["ended"] is False)
 
 
+def test_a_run_on_one_host_ends_the_starts_of_several(client, started, tmp_path):
+    left = tmp_path / "disk" / ".start-000002-0123456789abcdef"
+    (left / "node1" / "step-000000001").mkdir(parents=True)
+    writer = started()
+    capture(client, 1)
+    writer.persist(1)
+    assert has_written(writer, 1)
+    assert sorted(os.listdir(tmp_path / "disk")) == ["run.json", "step-000000001"]
+
+
 def test_without_a_keeper_it_says_so_and_starts_none(client, started, tmp_path):
     writer = started()
     capture(client, 1)

@@ -19,10 +19,13 @@ PLACEMENTS = {
     "both": (Shard(0), Shard(1)),
     "everywhere": (Replicate(), Replicate()),
     "one row": (Shard(0), Replicate()),
+    "scale": (Replicate(), Replicate()),
 }
 
 
 def whole(name):
+    if name == "scale":
+        return torch.tensor(0.25)
     rows = 1 if name == "one row" else 7
     return torch.arange(rows * 5, dtype=torch.float64).reshape(rows, 5) + 100 * list(PLACEMENTS).index(name)
 
@@ -32,19 +35,24 @@ def capture(rank, world_size, shape):
     tensors = {name: distribute_tensor(whole(name), mesh, places) for name, places in PLACEMENTS.items()}
     moments = {"exp_avg": -tensors["both"], "step": torch.tensor(3.0)}
     optimizer = {"state": {4: moments}, "param_groups": [{"lr": 0.1, "params": [4]}]}
-    return take_apart({"state_dict": {**tensors, "buffer": torch.tensor(rank)}, "optimizer_states": [optimizer], "epoch": 2})
+    logged = {"norms": [tensors["rows"].norm()]}
+    weights = {**tensors, "buffer": torch.tensor(rank)}
+    return take_apart({"state_dict": weights, "optimizer_states": [optimizer], "epoch": 2, "logged": logged})
 
 
 def load_elsewhere(rank, world_size, path):
     """Read onto another number of ranks with torch alone; return whether every number is where it was."""
     mesh = init_device_mesh("cpu", (world_size,))
-    state = {name: distribute_tensor(torch.zeros_like(whole(name)), mesh, [Shard(0)]) for name in PLACEMENTS}
+    zeros = {name: torch.zeros_like(whole(name)) for name in PLACEMENTS}
+    state = {name: distribute_tensor(zero, mesh, [Shard(0) if zero.dim() else Replicate()]) for name, zero in zeros.items()}
+    buffer = torch.tensor(-1)
     moment = distribute_tensor(torch.zeros(7, 5, dtype=torch.float64), mesh, [Shard(1)])
-    wanted = {"state_dict": state, "optimizer_states": [{"state": {"4": {"exp_avg": moment}}}]}
+    wanted = {"state_dict": {**state, "buffer": buffer}, "optimizer_states": [{"state": {"4": {"exp_avg": moment}}}]}
     dcp.load(wanted, checkpoint_id=path)
     dist.barrier()
     return [bool((value.full_tensor() == whole(name)).all()) for name, value in state.items()] + [
-        bool((moment.full_tensor() == -whole("both")).all())
+        bool((moment.full_tensor() == -whole("both")).all()),
+        int(buffer) == 0,
     ]
 
 
@@ -58,7 +66,7 @@ def test_pieces_are_whole_again(ranks, tmp_path, shape):
     shards = {f"rank{rank}": state for rank, state in reversed([*enumerate(states)])}  # ranks without a row come first
     path = write_step(tmp_path, 5, {"shared": shared, **shards}, {})
     assert_same(read_step(path, "rank0"), states[0])
-    assert ranks.run(load_elsewhere, 2, str(path)) == [[True] * (len(PLACEMENTS) + 1)] * 2
+    assert ranks.run(load_elsewhere, 2, str(path)) == [[True] * (len(PLACEMENTS) + 2)] * 2
     for rank, state in enumerate(states):
         found = read_checkpoint(path, rank)
         assert found["state_dict"].keys() == {*PLACEMENTS, "buffer"}
@@ -67,4 +75,5 @@ def test_pieces_are_whole_again(ranks, tmp_path, shape):
         assert_same(found["state_dict"]["buffer"], torch.tensor(rank))
         assert_same(found["optimizer_states"][0]["state"][4]["exp_avg"], -whole("both"))
         assert found["optimizer_states"][0]["param_groups"] == state["optimizer_states"][0]["param_groups"]
-        assert found.keys() == {"state_dict", "optimizer_states", "epoch"}
+        assert found["logged"]["norms"][0].item() == pytest.approx(whole("rows").norm().item())
+        assert found.keys() == {"state_dict", "optimizer_states", "epoch", "logged"}
