@@ -1,11 +1,13 @@
 """The ladder: memory, then disk, newest step first; a damaged copy costs that copy, and all of a step damaged cost the step."""
 
+import time
+
 import pytest
 import torch
 
 from lightning_plugins.engines.resilience import disk_folder, recovery
 from lightning_plugins.engines.resilience.disk import write_step
-from lightning_plugins.engines.resilience.disk_steps import step_folder
+from lightning_plugins.engines.resilience.disk_steps import step_folder, steps
 from lightning_plugins.engines.resilience.keeper_client import KeeperClient
 from lightning_plugins.engines.resilience.shards import split
 from lightning_plugins.engines.resilience.state_tree import pack
@@ -89,6 +91,19 @@ def test_an_older_step_where_all_newer_ones_are_gone(places):
         client.discard("rank0", step)
         damage(disk_dir, step)
     assert outcome(found(client, disk_dir)) == (4, "disk")
+
+
+def test_clocks_that_differ_decide_nothing(places, monkeypatch):
+    """Steps have numbers: one that was written by a host whose clock is a year behind is the newest all the same."""
+    client, disk_dir = places
+    now_s = time.time()
+    for step, year in ((10, 1), (12, -1)):
+        monkeypatch.setattr(time, "time", lambda year=year: now_s + year * 365 * 86400)
+        write_step(disk_dir, step, shards(step, "disk"), META, keep=2)
+    monkeypatch.undo()
+    assert [one.written_at > now_s for one in steps(disk_dir)] == [False, True]
+    assert [one.step for one in steps(disk_dir)] == [12, 10]
+    assert outcome(found(client, disk_dir)) == (12, "disk")
 
 
 def test_nothing_where_nothing_fits_or_the_run_has_ended(places):
