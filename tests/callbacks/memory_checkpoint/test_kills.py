@@ -28,7 +28,7 @@ def keeper(tmp_path, monkeypatch):
         before = len(os.listdir(descriptors))
         yield {"XDG_RUNTIME_DIR": str(folder)}
         # Every job ended by itself in the end: neither its memory nor a connection is left.
-        deadline = time.monotonic() + 5.0
+        deadline = time.monotonic() + 20.0
         while (len(os.listdir(descriptors)), client.status()["clients"]) > (before, 1) and time.monotonic() < deadline:
             time.sleep(0.05)
         status = client.status()

@@ -102,8 +102,8 @@ def alive(pid: int) -> bool:
     return linux.state(pid) not in ("", "Z")
 
 
-def eventually(condition: Callable[[], bool], within_s: float = 5.0) -> bool:
-    """Wait until a condition holds, and say whether it came to that."""
+def eventually(condition: Callable[[], bool], within_s: float = 20.0) -> bool:
+    """Wait until a condition holds, and say whether it came to that; a busy machine has its time."""
     deadline = time.monotonic() + within_s
     while not (held := condition()) and time.monotonic() < deadline:
         time.sleep(0.01)
