@@ -116,7 +116,9 @@ class _Packer:
 
     def _encode_tensor(self, tensor: Tensor, path: tuple[Any, ...]) -> Any:
         if type(tensor) not in (Tensor, torch.nn.Parameter):
-            raise _refusal(path, tensor, "is a tensor subclass, which cannot be kept yet; give its plain local tensor")
+            raise _refusal(
+                path, tensor, "is a tensor subclass, which cannot be kept; give a plain tensor, of a DTensor its full_tensor()"
+            )
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested or tensor.device.type == "meta":
             return tensor
         # The storage's own identity: empty tensors all have the address 0.

@@ -23,14 +23,14 @@ Path = tuple[str | int, ...]
 
 
 def take_apart(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state of plain tensors: pieces of parameters and optimizer states, with a table of them, and all others whole.
+    """Return a state with plain tensors for DTensors, and a table of those that are pieces; nothing is copied or gathered.
 
     Args:
-        state: what Lightning calls a checkpoint; nothing of it is changed, and pieces are not copied. What else is a DTensor, the
-            norm of a gradient that was logged, say, is gathered, so all ranks have to call this.
+        state: what Lightning calls a checkpoint; it is not changed. Parameters and what optimizers keep of them may be pieces;
+            elsewhere those DTensors become plain that every rank has whole, and others stay, for ``state_tree`` to refuse.
     """
     table: list[Any] = []
-    taken = {name: _localized(value, (name,), table) if name in _SHARDED else _whole(value) for name, value in state.items()}
+    taken = {name: _localized(value, (name,), table) if name in _SHARDED else _replicated(value) for name, value in state.items()}
     return {**taken, PIECES: table}
 
 
@@ -80,13 +80,13 @@ def _localized(value: Any, path: Path, table: list[Any]) -> Any:
     return value
 
 
-def _whole(value: Any) -> Any:
-    if isinstance(value, DTensor):
-        return value.full_tensor().detach()
+def _replicated(value: Any) -> Any:
+    if isinstance(value, DTensor) and all(placement.is_replicate() for placement in value.placements):
+        return value.to_local().detach()
     if type(value) is dict:
-        return {key: _whole(item) for key, item in value.items()}
+        return {key: _replicated(item) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_whole(item) for item in value)
+        return type(value)(_replicated(item) for item in value)
     return value
 
 

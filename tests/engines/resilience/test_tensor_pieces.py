@@ -7,8 +7,10 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from lightning_plugins._support.errors import InputError
 from lightning_plugins.engines.resilience.disk import read_step, write_step
 from lightning_plugins.engines.resilience.disk_checkpoint import read_checkpoint
+from lightning_plugins.engines.resilience.state_tree import pack
 from lightning_plugins.engines.resilience.tensor_pieces import take_apart
 from tests.engines.resilience.keeper_parts import assert_same
 
@@ -35,9 +37,16 @@ def capture(rank, world_size, shape):
     tensors = {name: distribute_tensor(whole(name), mesh, places) for name, places in PLACEMENTS.items()}
     moments = {"exp_avg": -tensors["both"], "step": torch.tensor(3.0)}
     optimizer = {"state": {4: moments}, "param_groups": [{"lr": 0.1, "params": [4]}]}
-    logged = {"norms": [tensors["rows"].norm()]}
+    logged = {"norms": [tensors["everywhere"].norm()]}
     weights = {**tensors, "buffer": torch.tensor(rank)}
     return take_apart({"state_dict": weights, "optimizer_states": [optimizer], "epoch": 2, "logged": logged})
+
+
+def refuse(rank, world_size):
+    """Log a number of which each rank has a part."""
+    rows = distribute_tensor(whole("rows"), init_device_mesh("cpu", (world_size,)), [Shard(0)])
+    with pytest.raises(InputError, match=r"logged / norm: a value of type .*DTensor is a tensor subclass.* its full_tensor\(\)"):
+        pack(take_apart({"state_dict": {}, "optimizer_states": [], "logged": {"norm": rows.norm()}}))
 
 
 def load_elsewhere(rank, world_size, path):
@@ -54,6 +63,10 @@ def load_elsewhere(rank, world_size, path):
         bool((moment.full_tensor() == -whole("both")).all()),
         int(buffer) == 0,
     ]
+
+
+def test_parts_elsewhere_are_refused_by_name(ranks):
+    ranks.run(refuse, 2)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 3), (2, 2)], ids=str)
@@ -75,5 +88,5 @@ def test_pieces_are_whole_again(ranks, tmp_path, shape):
         assert_same(found["state_dict"]["buffer"], torch.tensor(rank))
         assert_same(found["optimizer_states"][0]["state"][4]["exp_avg"], -whole("both"))
         assert found["optimizer_states"][0]["param_groups"] == state["optimizer_states"][0]["param_groups"]
-        assert found["logged"]["norms"][0].item() == pytest.approx(whole("rows").norm().item())
+        assert found["logged"]["norms"][0].item() == pytest.approx(whole("everywhere").norm().item())
         assert found.keys() == {"state_dict", "optimizer_states", "epoch", "logged"}
