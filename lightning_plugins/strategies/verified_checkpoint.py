@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 import torch.distributed as dist
 
 from lightning_plugins._lightning import built_for
@@ -60,7 +61,10 @@ class VerifiedCheckpointIO(AtomicCheckpointIO):
                     f"{path} has no checksum, so it may be damaged; those that VerifiedCheckpointIO saves have one",
                     stacklevel=2,
                 )
-        settings = {} if weights_only is None else {"weights_only": weights_only}  # older Lightnings do not take it
+            if weights_only is not None and Path(path).is_file():  # older Lightnings do not take it
+                loaded: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=weights_only)
+                return loaded
+        settings = {} if weights_only is None else {"weights_only": weights_only}
         return super().load_checkpoint(path, map_location=map_location, **settings)
 
     def _write(self, checkpoint: dict[str, Any], file: IO[bytes]) -> None:

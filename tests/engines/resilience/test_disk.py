@@ -76,7 +76,7 @@ def test_torch_reads_the_tensors_by_their_paths(tmp_path):
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(wanted, checkpoint_id=str(path), no_dist=True)
+        dcp.load(wanted, checkpoint_id=str(path))
     assert_same(wanted["state_dict"], shared["state_dict"])
     assert_same(wanted["rank0"], {name: own[name] for name in wanted["rank0"]})
     assert wanted["epoch"] == 3

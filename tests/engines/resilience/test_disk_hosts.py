@@ -149,7 +149,7 @@ def test_pieces_of_two_hosts_become_the_step_that_one_host_would_have_written(no
     wanted = {"mark": torch.zeros(17), "rank1": {"mark": torch.zeros(17)}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(wanted, checkpoint_id=str(together), no_dist=True)
+        dcp.load(wanted, checkpoint_id=str(together))
     assert_same(wanted, {"mark": torch.full((17,), 30.0), "rank1": {"mark": torch.full((17,), 30.0)}})
     for node in reversed(nodes):
         node.writer.close(clean=True)
