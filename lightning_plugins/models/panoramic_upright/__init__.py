@@ -1,0 +1,1 @@
+"""Panoramic upright adjustment: where up is in a tilted panorama."""
