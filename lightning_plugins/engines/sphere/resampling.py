@@ -35,7 +35,7 @@ def sample_equirectangular(image: Tensor, directions: Tensor, mode: str = "bilin
     if image.ndim != 4:
         raise InputError(f"image must have shape (B, C, H, W), got {tuple(image.shape)}; add the missing axes with [None]")
     batch, channels, height, width = image.shape
-    if directions.ndim not in (2, 3, 4) or (directions.ndim == 4 and len(directions) != batch):
+    if directions.ndim not in (2, 3, 4) or (directions.ndim == 4 and directions.shape[0] != batch):
         raise InputError(
             f"directions must have shape (N, 3), (H, W, 3) or ({batch}, H, W, 3), got {tuple(directions.shape)}; "
             f"for a set of points per image give ({batch}, 1, N, 3)"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_plugins.engines.sphere import sample_equirectangular
 from lightning_plugins.models.panoramic_upright.lookup_table import AnalyticLookupTable, LearnedLookupTable, fit_lookup_table
 
 TILTS_DEG = [0, 0.01, 5, 30, 60, 89.9, 90, 90.1, 120, 150, 175, 179.99, 180]
@@ -99,6 +100,25 @@ def test_exports_for_every_batch(module):
     up = torch.randn(5, 3)
     with torch.no_grad():
         torch.testing.assert_close(program(up), module(up), rtol=0, atol=1e-6)
+
+
+class Levelled(torch.nn.Module):
+    """Reads an image through its table."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = AnalyticLookupTable(16, 32)
+
+    def forward(self, image, up):
+        return sample_equirectangular(image, self.table(up))
+
+
+def test_exports_with_the_reading_of_the_image():
+    module = Levelled().eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(module, (torch.rand(2, 3, 16, 32), torch.randn(2, 3)), dynamic_shapes=({0: batch}, {0: batch}))
+    image, up = torch.rand(5, 3, 16, 32), torch.randn(5, 3)
+    torch.testing.assert_close(program.module()(image, up), module(image, up), rtol=0, atol=1e-6)
 
 
 def test_checkpoints_hold_weights_alone():
