@@ -12,7 +12,9 @@ angle, all as the camera sees them, the n . up of a vertical segment has the var
 
 and that of a segment which runs anyhow through m the density 1 / (pi |t . up|), which grows as m nears up or down: a segment
 beside the zenith meets it by chance. The ratio of the two densities, times the odds that a segment is vertical at all, gives the
-vote, sum_i log(1 + odds_i), and the weight, w_i = odds_i / (1 + odds_i) / s_i^2.
+vote, sum_i c_i log(1 + odds_i), and the weight, w_i = c_i odds_i / (1 + odds_i) / s_i^2. Pieces of one edge, the two sides of a
+frame, and an edge seen in two views are no independent witnesses: c_i is 1 over how many segments lie on the same great circle,
+within SAME_LINE_DEG.
 
 Lines have no arrow, and a room's three directions look alike to them. Up is therefore looked for within ``max_tilt_deg`` of the
 image's +z: below 90 degrees this settles the sign, and up to 45 it leaves at most one of three directions at right angles, or
@@ -46,6 +48,7 @@ BLUR_PX = 0.8
 MIN_LENGTH_PX = 8.0
 END_ERROR_PX = 0.25
 PLUMB_ERROR_DEG = 0.3
+SAME_LINE_DEG = 3.0
 VERTICAL_SHARE = 0.3
 CANDIDATES = 1000
 ITERATIONS = 10
@@ -65,7 +68,7 @@ class LinesEstimate:
         up: ``(3,)`` float32 unit vector in the image's frame (z up); ``rotation_from_up(up)`` levels the image.
         angle_sigma_deg: standard deviation of its angle, given that the lines which meet in it are the vertical ones.
         support: length of these lines over that of all segments near enough to vertical to be looked at, in [0, 1].
-        line_count: how many they are.
+        line_count: how many they are, each great circle counted once.
     """
 
     up: Tensor
@@ -76,15 +79,22 @@ class LinesEstimate:
 
 @dataclass(frozen=True)
 class Segments:
-    """N straight edges on the sphere: normal, middle and run ``(N, 3)``, at right angles, and angle ``(N,)`` in rad."""
+    """N straight edges on the sphere.
+
+    Attributes:
+        normal, middle, run: ``(N, 3)``, three unit vectors at right angles: of the great circle, to the middle, and along.
+        angle_rad: ``(N,)``, from end to end.
+        count: ``(N,)``, 1 over how many of them lie on the same great circle; the sum is the number of lines.
+    """
 
     normal: Array
     middle: Array
     run: Array
     angle_rad: Array
+    count: Array
 
     def __getitem__(self, index: Any) -> "Segments":
-        return Segments(self.normal[index], self.middle[index], self.run[index], self.angle_rad[index])
+        return Segments(self.normal[index], self.middle[index], self.run[index], self.angle_rad[index], self.count[index])
 
     def __len__(self) -> int:
         return len(self.normal)
@@ -160,7 +170,8 @@ def find_segments(grey: Tensor) -> Segments:
     angle_rad = np.arctan2(np.linalg.norm(cross, axis=1), (a * b).sum(axis=1))
     is_long = angle_rad >= MIN_LENGTH_PX / focal_px
     normal, middle = _unit(cross[is_long]), _unit((a + b)[is_long])
-    return Segments(normal, middle, np.cross(normal, middle), angle_rad[is_long])
+    is_same = np.abs(normal @ normal.T) > math.cos(math.radians(SAME_LINE_DEG))
+    return Segments(normal, middle, np.cross(normal, middle), angle_rad[is_long], 1 / is_same.sum(axis=1))
 
 
 def _unit(vectors: Array) -> Array:
@@ -188,7 +199,7 @@ def _vote(segments: Segments, error_rad: float, max_tilt_deg: float, generator: 
     if len(candidates) == 0:
         return None
     odds, _ = _odds(segments, candidates, error_rad)
-    evidence = np.log((1 - VERTICAL_SHARE) * (1 + odds)).sum(axis=1)
+    evidence = np.log((1 - VERTICAL_SHARE) * (1 + odds)) @ segments.count
     best: Array = candidates[evidence.argmax()]
     return best if evidence.max() >= MIN_EVIDENCE else None
 
@@ -197,10 +208,10 @@ def _refine(segments: Segments, error_rad: float, up: Array) -> LinesEstimate | 
     for _ in range(ITERATIONS):
         odds, variance = (values[0] for values in _odds(segments, up[None], error_rad))
         probability = odds / (1 + odds)
-        weighted = segments.normal * (probability / variance)[:, None]
+        weighted = segments.normal * (segments.count * probability / variance)[:, None]
         eigenvalues, eigenvectors = np.linalg.eigh(weighted.T @ segments.normal)
         up = eigenvectors[:, 0] * (-1.0 if eigenvectors[2, 0] < 0 else 1.0)
-    count = int((probability > 0.5).sum())
+    count = round(segments.count[probability > 0.5].sum())
     if count < MIN_LINES:
         return None
     # Where the lines agree better than assumed, that may be chance; where worse, the assumption was too good.
