@@ -7,6 +7,7 @@ import torch
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.models.panoramic_upright.vertical_lines import estimate_up_from_lines, find_segments
 
+pytest.importorskip("cv2")
 HEIGHT = 192
 
 
