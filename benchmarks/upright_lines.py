@@ -6,15 +6,19 @@ Held-out rooms at 256 x 512, and the photographs of a folder, which must be leve
 20 degrees. Prints the share of images whose up is within 1, 2, 3, 5 and 12 degrees, beside that of +z, the identity. Where the
 lines give no cue, the identity stands in. Level photographs are turned at 512 x 1024 and then halved, so that the interpolation
 leaves no blur that the rooms have not.
+
+Writes: benchmarks/results/upright_lines.csv.
 """
 
 import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+from _results import write_results
 from torch import Tensor
 
 from lightning_plugins._support.images import find_panoramas, read_panorama
@@ -52,8 +56,8 @@ def tilted_photographs(folder: str) -> Iterator[tuple[Tensor, np.ndarray]]:
             yield resize_equirectangular(tilted, HEIGHT_PX, 2 * HEIGHT_PX)[0].clamp(0, 1), camera_to_level[2]
 
 
-def print_shares(name: str, images: Iterator[tuple[Tensor, np.ndarray]]) -> None:
-    """Print a row for the lines and one for the identity."""
+def shares(name: str, images: Iterator[tuple[Tensor, np.ndarray]]) -> Iterator[dict[str, Any]]:
+    """Yield and print a row for the lines and one for the identity."""
     level = np.array([0.0, 0.0, 1.0])
     errors_deg = []
     silent = 0
@@ -62,18 +66,24 @@ def print_shares(name: str, images: Iterator[tuple[Tensor, np.ndarray]]) -> None
         silent += estimate is None
         found = level if estimate is None else estimate.up.double().numpy()
         errors_deg.append([math.degrees(math.atan2(np.linalg.norm(np.cross(up, truth)), up @ truth)) for up in (found, level)])
-    for method, errors in zip(("lines", "identity"), np.transpose(errors_deg), strict=True):
-        shares = "".join(f"{100 * (errors < limit).mean():7.1f}" for limit in LIMITS_DEG)
-        print(f"{name:12}{method:10}{shares}   median {np.median(errors):5.2f} deg")
+    for predictor, errors in zip(("lines", "identity"), np.transpose(errors_deg), strict=True):
+        within = {f"within_{limit}_deg": f"{100 * (errors < limit).mean():.1f}" for limit in LIMITS_DEG}
+        print(
+            f"{name:12}{predictor:10}{''.join(f'{share:>7}' for share in within.values())}   median {np.median(errors):5.2f} deg"
+        )
+        means = {"mean_deg": f"{errors.mean():.2f}", "median_deg": f"{np.median(errors):.2f}"}
+        no_cue = silent if predictor == "lines" else ""
+        yield {"set": name, "predictor": predictor, "tilt": "small", **within, **means, "images": len(errors), "no_cue": no_cue}
     print(f"{name:12}no cue in {silent} of {len(errors_deg)}")
 
 
 def main(folder: str | None = None) -> None:
-    """Print the shares of rooms, and of photographs where there is a folder of them."""
+    """Print and write the shares of rooms, and of photographs where there is a folder of them."""
     print(" " * 22 + "".join(f"{f'< {limit}':>7}" for limit in LIMITS_DEG))
-    print_shares("rooms", tilted_rooms())
+    rows = [*shares("rooms", tilted_rooms())]
     if folder is not None:
-        print_shares("photographs", tilted_photographs(folder))
+        rows += shares("photographs", tilted_photographs(folder))
+    write_results("upright_lines", rows)
 
 
 if __name__ == "__main__":

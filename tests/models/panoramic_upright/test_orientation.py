@@ -34,7 +34,7 @@ def test_turning_the_camera_turns_the_estimate():
         torch.testing.assert_close(turned, found @ torch.tensor(matrix, dtype=torch.float64).T, rtol=1e-9, atol=1e-12)
 
 
-def test_mirroring_a_vote():
+def test_a_vote_in_each_direction():
     """By hand: at the centre of the image east is -y, south is -z and outward is +x; the weight is the solid angle."""
     votes = torch.zeros(1, 3, 2, 4, dtype=torch.float64)
     # Of two rows none is on the equator: two votes for south that are mirror images of each other leave the vertical part.
