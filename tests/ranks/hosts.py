@@ -12,9 +12,11 @@ Names are ``lp<pid of the test>-<count>-h<i>`` and ``...-sw``; what a killed ear
 import itertools
 import json
 import os
+import select
 import signal
 import subprocess
 import time
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,14 +194,16 @@ def _remove(names: list[str]) -> None:
 def _kill_inside(name: str, timeout_s: float = 5.0) -> None:
     deadline = time.monotonic() + timeout_s
     while pids := _run(["ip", "netns", "pids", name]).split():
-        for pid in pids:
-            try:
-                os.kill(int(pid), signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        if time.monotonic() > deadline:
-            raise OSError(f"processes {', '.join(pids)} in {name} do not die")
-        time.sleep(0.01)
+        with ExitStack() as closing:
+            dying = []
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    dying.append(os.pidfd_open(int(pid)))
+                    closing.callback(os.close, dying[-1])
+                    signal.pidfd_send_signal(dying[-1], signal.SIGKILL)
+            for process in dying:  # it leaves its namespace a moment before it is dead
+                if not select.select([process], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                    raise OSError(f"processes {', '.join(pids)} in {name} do not die")
 
 
 def _shape(namespace: str, interface: str, bandwidth_bytes_per_s: float) -> None:
