@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from lightning_plugins import RenderedRooms
-from lightning_plugins.datamodules.rendered_rooms import augment
+from lightning_plugins.datamodules._rooms_cache import Rooms
+from lightning_plugins.datamodules._views import draw_view
+from lightning_plugins.datamodules.rendered_rooms import room_item
 from lightning_plugins.engines.rendering import HELD_OUT_ROOMS, TRAINING_ROOMS, render_room
 
 pytestmark = pytest.mark.adapter
@@ -87,13 +89,14 @@ def test_augmentation_moves_depth_and_mask_with_the_image():
     # Depth is written into the image, so that any geometry done to one and not the other shows.
     depth = np.random.default_rng(0).uniform(1, 9, (8, 16)).astype(np.float32)
     mask = depth > 3
-    image = np.stack([depth / 10, mask, np.zeros_like(depth)], axis=2).astype(np.float32)
+    room = Rooms(np.stack([25 * depth, 255 * mask, np.zeros_like(depth)], axis=2).astype(np.uint8), depth, mask)
     for seed in range(8):
-        turned, turned_depth, turned_mask = augment(image, depth, mask, np.random.default_rng(seed))
+        item = room_item(room, 0, draw_view(16, np.random.default_rng(seed)))
+        turned, turned_depth, turned_mask = item["image"].numpy(), item["depth"][0].numpy(), item["mask"][0].numpy()
         # Colour changes are monotonic per channel: ranks survive them where nothing is clipped.
-        free = (turned[..., 0] > 1e-3) & (turned[..., 0] < 1)
-        assert (np.argsort(turned[..., 0][free], kind="stable") == np.argsort(turned_depth[free], kind="stable")).all()
-        assert ((turned[..., 1] > 0.1) == turned_mask).all()
+        free = (turned[0] > 1e-3) & (turned[0] < 1)
+        assert (np.diff(turned[0][free][np.argsort(turned_depth[free])]) >= 0).all()
+        assert ((turned[1] > 0.1) == turned_mask).all()
         assert sorted(turned_depth.ravel()) == sorted(depth.ravel())
 
 
@@ -124,6 +127,8 @@ def test_a_cache_that_cannot_be_written_is_refused(tmp_path):
         ({"height": 50}, "height must be a multiple of 32 and at least 32 rows, got 50"),
         ({"num_workers": -1}, "num_workers must be 0 or more, got -1"),
         ({"seed": -1}, "seed must be from 0"),
+        ({"tilt": "smal"}, "there are no tilts 'smal'; valid are small"),
+        ({"with_level": True}, "with_level needs a tilt, got none"),
     ],
 )
 def test_bad_options_are_refused(options, sentence):

@@ -6,7 +6,14 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_plugins._support.errors import InputError
-from lightning_plugins.engines.rendering.camera import cover_tripod, develop, draw_photography, expose, smooth_outlines
+from lightning_plugins.engines.rendering.camera import (
+    cover_tripod,
+    develop,
+    draw_photography,
+    expose,
+    metered_gain,
+    smooth_outlines,
+)
 from lightning_plugins.engines.rendering.distribution import TRAINING_ROOMS, RoomDistribution
 from lightning_plugins.engines.rendering.noise import noise
 from lightning_plugins.engines.rendering.raycast import cast, pixel_directions, rotated, turn
@@ -30,6 +37,7 @@ class RenderedRoom:
         camera_to_level: ``(3, 3)`` float64 rotation from the camera's frame to the levelled one; identity without tilt.
         seed: what it was drawn from.
         shape: one of ``SHAPES``.
+        gain: what the meter multiplied the light by.
     """
 
     image: npt.NDArray[np.uint8]
@@ -38,6 +46,7 @@ class RenderedRoom:
     camera_to_level: npt.NDArray[np.float64]
     seed: int
     shape: str
+    gain: float
 
     @property
     def up(self) -> npt.NDArray[np.float64]:
@@ -50,6 +59,19 @@ def stream(seed: int, number: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64([seed, number]))
 
 
+def tilt_rotation(cosine: float, azimuth_rad: float) -> npt.NDArray[np.float64]:
+    """Return the smallest camera-to-level rotation that leans the camera's vertical towards an azimuth of the level frame.
+
+    Args:
+        cosine: of the angle between the camera's vertical and the true one.
+        azimuth_rad: counter-clockwise from forward, seen from above.
+    """
+    sine = np.sqrt(max(0.0, 1.0 - cosine * cosine))
+    x, y = -np.sin(azimuth_rad), np.cos(azimuth_rad)
+    cross = np.array([[0.0, 0.0, y], [0.0, 0.0, -x], [-y, x, 0.0]])
+    return np.eye(3) + sine * cross + (1.0 - cosine) * (cross @ cross)
+
+
 def draw_tilt(generator: np.random.Generator, max_tilt_deg: float) -> npt.NDArray[np.float64]:
     """Return a camera-to-level rotation whose tilt is even over the cone of ``max_tilt_deg``.
 
@@ -57,12 +79,7 @@ def draw_tilt(generator: np.random.Generator, max_tilt_deg: float) -> npt.NDArra
     """
     cosine = 1.0 - generator.random() * (1.0 - np.cos(np.radians(max_tilt_deg)))
     azimuth = generator.uniform(0.0, 2.0 * np.pi)
-    if max_tilt_deg == 0.0:
-        return np.eye(3)
-    sine = np.sqrt(max(0.0, 1.0 - cosine * cosine))
-    x, y = -np.sin(azimuth), np.cos(azimuth)
-    cross = np.array([[0.0, 0.0, y], [0.0, 0.0, -x], [-y, x, 0.0]])
-    return np.eye(3) + sine * cross + (1.0 - cosine) * (cross @ cross)
+    return np.eye(3) if max_tilt_deg == 0.0 else tilt_rotation(cosine, azimuth)
 
 
 def room_scene(seed: int, distribution: RoomDistribution = TRAINING_ROOMS) -> Scene:
@@ -70,7 +87,14 @@ def room_scene(seed: int, distribution: RoomDistribution = TRAINING_ROOMS) -> Sc
     return draw_scene(stream(seed, SCENE_STREAM), distribution)
 
 
-def render_room(seed: int, height: int, width: int, distribution: RoomDistribution = TRAINING_ROOMS) -> RenderedRoom:
+def render_room(
+    seed: int,
+    height: int,
+    width: int,
+    distribution: RoomDistribution = TRAINING_ROOMS,
+    camera_to_level: npt.NDArray[np.float64] | None = None,
+    gain: float | None = None,
+) -> RenderedRoom:
     """Render the room of a seed.
 
     Args:
@@ -78,6 +102,8 @@ def render_room(seed: int, height: int, width: int, distribution: RoomDistributi
         height: rows, 16 or more.
         width: columns, twice ``height``.
         distribution: what rooms there are.
+        camera_to_level: ``(3, 3)`` rotation, how the camera is tilted; drawn from the distribution if left out.
+        gain: of another view of the same room, whose exposure this one shall have; metered if left out.
 
     Raises:
         InputError: if the seed is negative or the size is not 2:1.
@@ -88,8 +114,9 @@ def render_room(seed: int, height: int, width: int, distribution: RoomDistributi
         raise InputError(f"an equirectangular image is twice as wide as high and 16 rows or more, got {height} x {width}")
     scene = room_scene(seed, distribution)
     photography = draw_photography(stream(seed, PHOTOGRAPHY_STREAM))
-    tilt = draw_tilt(stream(seed, TILT_STREAM), distribution.max_tilt_deg)
-    room_from_camera = turn(-scene.yaw_rad) @ tilt
+    if camera_to_level is None:
+        camera_to_level = draw_tilt(stream(seed, TILT_STREAM), distribution.max_tilt_deg)
+    room_from_camera = turn(-scene.yaw_rad) @ camera_to_level
     to_camera = room_from_camera.T
     rays = rotated(room_from_camera, pixel_directions(height, width))
     inverse, surface = cast(scene, rays, to_camera)
@@ -105,7 +132,8 @@ def render_room(seed: int, height: int, width: int, distribution: RoomDistributi
     light = albedo * irradiance(scene, surface, points, normals, to_camera)
     add_highlights(scene, light, gloss, points, normals, rays)
     light += albedo * emission
-    expose(light, photography)
+    gain = metered_gain(light, photography) if gain is None else gain
+    expose(light, photography, gain)
     smooth_outlines(light, surface.astype(np.int32) * 4096 + material, photography.softness)
     covered = cover_tripod(light, -rays[2], rays[:2], photography)
     image = develop(light, photography, stream(seed, SENSOR_STREAM))
@@ -118,4 +146,4 @@ def render_room(seed: int, height: int, width: int, distribution: RoomDistributi
     if photography.dropout:
         patches = noise("cloud", points[0] + points[2], points[1] - points[2], depth * 0.01, 0.02)
         mask &= (patches < 1.3) | (image.max(axis=2) > 60)
-    return RenderedRoom(image, depth, mask, tilt, seed, scene.shape)
+    return RenderedRoom(image, depth, mask, camera_to_level, seed, scene.shape, gain)

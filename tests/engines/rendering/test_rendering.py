@@ -200,3 +200,14 @@ def test_a_bad_distribution_is_refused(changes, message):
 def test_halls_are_halls():
     scene = room_scene(0, replace(TRAINING_ROOMS, hall_share=1.0))
     assert max(scene.planes[2].offset_m, scene.planes[4].offset_m) >= 12.0
+
+
+def test_a_second_view_of_a_room_is_tilted_and_exposed_as_told():
+    first = render_room(3, 32, 64, tilted())
+    again = render_room(3, 32, 64, HELD_OUT_ROOMS, first.camera_to_level)
+    assert digest(again) == digest(first)
+    level, darker = (render_room(3, 32, 64, HELD_OUT_ROOMS, np.eye(3), share * first.gain) for share in (1.0, 0.5))
+    np.testing.assert_array_equal(level.up, [0.0, 0.0, 1.0])
+    np.testing.assert_array_equal(level.depth_m, render_room(3, 32, 64, HELD_OUT_ROOMS).depth_m)
+    assert level.gain == first.gain
+    assert darker.image.mean() < 0.9 * level.image.mean()
