@@ -3,6 +3,7 @@ from lightning_plugins.callbacks.panorama_report import PanoramaReport as Panora
 from lightning_plugins.callbacks.preconditioner import Preconditioner as Preconditioner
 from lightning_plugins.datamodules.panorama_folder import PanoramaFolder as PanoramaFolder
 from lightning_plugins.datamodules.rendered_rooms import RenderedRooms as RenderedRooms
+from lightning_plugins.datamodules.sun360 import SUN360 as SUN360
 from lightning_plugins.models.panoramic_depth.module import DepthTeacher as DepthTeacher
 from lightning_plugins.models.panoramic_depth.module import PanoramicDepth as PanoramicDepth
 from lightning_plugins.strategies.ok_topk import OkTopkStrategy as OkTopkStrategy

@@ -52,6 +52,13 @@ METHODS: dict[str, Method] = {
     "PanoramaFolder": Method(
         "datamodules", f"{_DATA}.panorama_folder", "beta", "any folder of 2:1 panoramic photographs", "panoramic_depth"
     ),
+    "SUN360": Method(
+        "datamodules",
+        f"{_DATA}.sun360",
+        "beta",
+        "SUN360's level photographs under random tilts, in its splits",
+        "panoramic_upright",
+    ),
     "PanoramaReport": Method(
         "callbacks",
         "lightning_plugins.callbacks.panorama_report",

@@ -109,8 +109,8 @@ class RenderedRooms(LightningDataModule):
         num_workers: processes that load batches.
         tilt: ``small`` (within 20 degrees), ``sphere``, ``hand_held`` (a few degrees), ``whole_degrees`` or ``cone:ANGLE``.
         with_level: batches hold ``level``, too: the image that levelling ``image`` by ``up`` should give, rendered.
-        fresh_rooms: render new training rooms in each epoch instead of one set before training. A room of 96 rows takes about
-            10 ms on one core, as often as an epoch has rooms, and twice that ``with_level``; workers render side by side.
+        fresh_rooms: render new training rooms in each epoch, in the processes that load batches, instead of one set before
+            training. Each item then costs a rendering, or two ``with_level``.
 
     Raises:
         InputError: for a number that is out of range, an unknown tilt, or ``with_level`` without a tilt.
