@@ -1,13 +1,14 @@
 """Tilted rooms. Oracle of up: the floor lies straight below the camera, as far as the scene says. Then a real Trainer."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from lightning_plugins import RenderedRooms
-from lightning_plugins.engines.rendering import HELD_OUT_ROOMS, TRAINING_ROOMS
+from lightning_plugins.engines.rendering import HELD_OUT_ROOMS, TRAINING_ROOMS, render_room
 from lightning_plugins.engines.rendering.render import room_scene
 from tests.datamodules.resuming import check_that_it_goes_on
 
@@ -84,6 +85,14 @@ def test_rooms_without_tilt_and_the_tilted_ones_are_the_same_rooms():
     # The camera stands where it stood: extremes of the depth hardly change, whichever way it is held.
     for split in (tilted, other):
         np.testing.assert_allclose(split.rooms("val").depth_m.max((1, 2)), plain.rooms("val").depth_m.max((1, 2)), rtol=0.15)
+
+
+def test_small_tilts_are_those_of_the_renderers_own_cone():
+    rooms = RenderedRooms(**SMALL, tilt="small").rooms("test")
+    for index in range(3):
+        expected = render_room((2 << 48) + index, 32, 64, replace(HELD_OUT_ROOMS, max_tilt_deg=20.0))
+        assert np.array_equal(rooms.image[index], expected.image)
+        np.testing.assert_allclose(rooms.up[index], expected.up, atol=1e-7)
 
 
 def test_held_out_tilts_are_fixed_by_the_seed():
