@@ -14,7 +14,7 @@ from lightning_plugins.engines.sphere.directions import directions_to_pixels
 from lightning_plugins.engines.sphere.domains import Domain, EquirectangularGrid, SpherePoints
 from lightning_plugins.engines.sphere.interpolation import Interpolation
 from lightning_plugins.engines.sphere.padding import pad_equirectangular
-from lightning_plugins.engines.sphere.tables import MARGINS, grid_table, padded_taps, points_table
+from lightning_plugins.engines.sphere.tables import MARGINS, grid_table, margin_of, padded_taps, points_table
 
 
 def sample_equirectangular(image: Tensor, directions: Tensor, mode: str = "bilinear") -> Tensor:
@@ -34,7 +34,7 @@ def sample_equirectangular(image: Tensor, directions: Tensor, mode: str = "bilin
     """
     if image.ndim != 4:
         raise InputError(f"image must have shape (B, C, H, W), got {tuple(image.shape)}; add the missing axes with [None]")
-    batch, channels, height, width = image.shape
+    batch, _, height, width = image.shape
     if directions.ndim not in (2, 3, 4) or (directions.ndim == 4 and directions.shape[0] != batch):
         raise InputError(
             f"directions must have shape (N, 3), (H, W, 3) or ({batch}, H, W, 3), got {tuple(directions.shape)}; "
@@ -42,17 +42,38 @@ def sample_equirectangular(image: Tensor, directions: Tensor, mode: str = "bilin
         )
     if mode != "nearest" and not image.is_floating_point():
         raise InputError(f"mode {mode} needs floating point values, got {image.dtype}; convert with .float(), or take nearest")
+    return sample_padded(pad_equirectangular(image, margin_of(mode)), directions, height, width, mode)
+
+
+def sample_padded(padded: Tensor, directions: Tensor, height: int, width: int, mode: str) -> Tensor:
+    """Sample as ``sample_equirectangular`` does, an image that is padded by ``MARGINS[mode]`` already: for reading it often.
+
+    Args:
+        padded: ``(B, C, height + 2 margin, width + 2 margin)``; of integers, such as 8-bit pixels, only taps are converted.
+        directions: as for ``sample_equirectangular``.
+        height: rows of the image before padding.
+        width: columns of the image before padding.
+        mode: as for ``sample_equirectangular``.
+
+    Returns:
+        As ``sample_equirectangular``; integers become floating point values of the directions' dtype, unless the mode is nearest.
+
+    Raises:
+        InputError: if the mode is another.
+    """
+    batch, channels = padded.shape[:2]
     pixels = _snap(directions_to_pixels(directions, height, width), width)
     base, across, down = padded_taps(pixels, height, width, mode)
-    source = pad_equirectangular(image, MARGINS[mode]).flatten(2)
+    source = padded.flatten(2)
+    dtype = padded.dtype if padded.is_floating_point() or mode == "nearest" else directions.dtype
     stride = width + 2 * MARGINS[mode]
     shape = base.shape if directions.ndim < 4 else base.shape[1:]
     # (B or 1, 1, targets): one map for all channels, and for all images where they share it.
     index = base.reshape(-1, 1, shape.numel()).expand(batch, channels, -1)
-    across, down = ([weight.to(image.dtype).reshape(-1, 1, shape.numel()) for weight in weights] for weights in (across, down))
+    across, down = ([weight.to(dtype).reshape(-1, 1, shape.numel()) for weight in weights] for weights in (across, down))
     rows = []
     for row in range(len(down)):
-        taps = [source[..., row * stride + column :].gather(2, index) for column in range(len(across))]
+        taps = [source[..., row * stride + column :].gather(2, index).to(dtype) for column in range(len(across))]
         rows.append(_weighted_sum(taps, across))
     return _weighted_sum(rows, down).unflatten(2, shape)
 

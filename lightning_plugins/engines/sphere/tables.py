@@ -24,6 +24,17 @@ _CANDIDATES = (9, 24)
 _CHUNK = 16384
 
 
+def margin_of(mode: str) -> int:
+    """Return by how many pixels an image is padded on each side before it is read in a mode.
+
+    Raises:
+        InputError: if the mode is none of ``MARGINS``.
+    """
+    if mode not in MARGINS:
+        raise InputError(f"mode must be one of {', '.join(MARGINS)}, got {mode!r}; bilinear is the usual one")
+    return MARGINS[mode]
+
+
 def padded_taps(pixels: Tensor, height: int, width: int, mode: str) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Return where each coordinate reads in an equirectangular image that is padded by ``MARGINS[mode]`` and flattened.
 
@@ -40,9 +51,7 @@ def padded_taps(pixels: Tensor, height: int, width: int, mode: str) -> tuple[Ten
     Raises:
         InputError: if the mode is another.
     """
-    if mode not in MARGINS:
-        raise InputError(f"mode must be one of {', '.join(MARGINS)}, got {mode!r}; bilinear is the usual one")
-    margin = MARGINS[mode]
+    margin = margin_of(mode)
     if mode == "nearest":
         floor = (pixels.detach() + 0.5).floor()
         weights = [torch.ones_like(floor)]
