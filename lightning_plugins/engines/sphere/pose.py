@@ -8,8 +8,8 @@ pitch    of the image's centre above the horizon, in [-90, 90]
 roll     of the camera about its forward axis, clockwise as the photographer sees it: the horizon turns counter-clockwise in the
          image; in (-180, 180]
 
-This is the order of aviation: the camera turns by its heading, then by pitch about its own left axis, then by roll about its own forward
-axis. Where the centre looks straight up or down, heading and roll turn about the same axis: roll is then given as 0.
+This is the order of aviation: the camera turns by its heading, then by pitch about its own left axis, then by roll about its
+own forward axis. Where the centre looks straight up or down, heading and roll turn about the same axis: roll is then given as 0.
 
 Source: Photo Sphere XMP Metadata, the GPano namespace (developers.google.com/streetview/spherical-metadata).
 """
