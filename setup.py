@@ -16,7 +16,7 @@ VERSION = re.search(
 
 VISION = ["torchvision>=0.21", "timm>=1.0.10", "opencv-python-headless>=4.10"]
 CLI = ["jsonargparse[signatures]>=4.51", "rich>=13.7", "click>=8.1"]
-REPORT = ["matplotlib>=3.8", "jinja2>=3.1", "pillow>=10.4"]
+REPORT = ["matplotlib>=3.8", "jinja2>=3.1", "pillow>=10.4", "defusedxml>=0.7.1"]
 WANDB = ["wandb>=0.19.5"]
 TEST = [
     "pytest>=8.2",

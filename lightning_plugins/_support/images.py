@@ -92,7 +92,7 @@ def read_panorama(path: str | Path) -> NDArray[np.uint8]:
     Raises:
         InputError: if the file is missing, unreadable, cut off, too large, too small, or not 2:1 within 0.5 %.
     """
-    with _opened(path) as image:
+    with opened_panorama(path) as image:
         return _to_rgb(require("PIL.ImageOps").exif_transpose(image))
 
 
@@ -105,7 +105,7 @@ def check_panorama(path: str | Path) -> tuple[int, int]:
     Raises:
         InputError: as ``read_panorama`` does.
     """
-    with _opened(path) as image:
+    with opened_panorama(path) as image:
         width, height = _upright_size(image)
         image.draft("RGB", (image.width // 8, image.height // 8))
         image.load()
@@ -133,7 +133,7 @@ def resize_panorama(image: NDArray[np.uint8], height: int, width: int) -> NDArra
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Any]:
+def opened_panorama(path: str | Path) -> Iterator[Any]:
     """Open an image whose header has passed every check, and turn whatever its decoder raises into a sentence."""
     path = Path(path)
     pillow = require("PIL.Image")

@@ -9,7 +9,7 @@ from lightning_plugins._support.errors import PackageError
 # Package as imported -> extra of ours that installs it.
 EXTRAS = {
     "torchvision": "vision", "timm": "vision", "cv2": "vision",
-    "PIL": "report", "matplotlib": "report", "jinja2": "report",
+    "PIL": "report", "defusedxml": "report", "matplotlib": "report", "jinja2": "report",
     "wandb": "wandb",
     "jsonargparse": "cli", "yaml": "cli", "rich": "cli", "click": "cli",
     "deepspeed": "deepspeed",
