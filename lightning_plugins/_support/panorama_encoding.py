@@ -2,7 +2,7 @@
 
     JPEG    keeps EXIF, ICC profile, XMP, IPTC and comments; its quantisation tables and chroma sampling, or quality 95
     PNG     keeps EXIF, ICC profile and the other chunks of colour, XMP, texts, resolution and time
-    TIFF    keeps EXIF, ICC profile, XMP, IPTC, resolution, descriptions, and its compression if that is lossless, else takes LZW
+    TIFF    keeps EXIF (Pillow writes it anew), ICC profile, XMP, IPTC, resolution, descriptions; lossless compression, else LZW
     WEBP    keeps EXIF, ICC profile and XMP; lossless stays lossless, else quality 95
     BMP     holds none of these
 

@@ -10,6 +10,7 @@ from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 GPANO = "http://ns.google.com/photos/1.0/panorama/"
 DC = "http://purl.org/dc/elements/1.1/"
 RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
+MAKER_NOTE = bytes(range(256)) * 3
 SUFFIXES = (".jpg", ".png", ".tif", ".webp")
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -29,8 +30,8 @@ def exif_block(orientation=1):
     exif = Image.Exif()
     exif[0x0110] = "Sphere 1"
     exif[0x0112] = orientation
-    exif.get_ifd(0x8769)[0x927C] = bytes(range(256)) * 3
-    exif.get_ifd(0x8825)[0x0003] = "E"
+    exif[0x8769] = {0x9286: b"a comment", 0x927C: MAKER_NOTE}
+    exif[0x8825] = {0x0003: "E"}
     return exif
 
 
@@ -43,9 +44,7 @@ def write(path, pixels=None, xmp=None, exif=None, icc=None, **options):
     path = Path(path)
     image = Image.fromarray(noise() if pixels is None else pixels)
     if exif is not None:
-        # Written and read again: only then does a TIFF get its directories of EXIF and GPS.
-        options["exif"] = Image.Exif()
-        options["exif"].load(exif.tobytes())
+        options["exif"] = exif.tobytes()
     if icc is not None:
         options["icc_profile"] = icc
     if path.suffix == ".png" and xmp is not None:
@@ -56,6 +55,8 @@ def write(path, pixels=None, xmp=None, exif=None, icc=None, **options):
             options["tiffinfo"] = TiffImagePlugin.ImageFileDirectory_v2()
             options["tiffinfo"][700] = xmp
         else:
+            options["exif"] = Image.Exif()
+            options["exif"].load(exif.tobytes())
             options["exif"][700] = xmp
     elif path.suffix == ".webp":
         options = {"lossless": True, **options, **({} if xmp is None else {"xmp": xmp})}
