@@ -344,6 +344,16 @@ def test_lossy_webp_stays_lossy_and_a_bmp_says_what_it_lacks(tmp_path, copy):
     assert np.array_equal(np.asarray(Image.open(copied)), noise(seed=1))
 
 
+def test_a_webps_xmp_is_found_behind_a_chunk_of_odd_length(tmp_path, copy):
+    path = write(tmp_path / "room.webp", xmp=AS_ATTRIBUTES)
+    file = path.read_bytes()
+    at = file.index(b"XMP ")
+    odd = b"maKR" + (3).to_bytes(4, "little") + b"odd" + b"\0"
+    path.write_bytes(file[:4] + (len(file) + len(odd) - 8).to_bytes(4, "little") + file[8:at] + odd + file[at:])
+    _, metadata = copy(path)
+    assert metadata.kept == ["XMP"]
+
+
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
 @pytest.mark.parametrize("xmp", [None, AS_ATTRIBUTES, AS_ELEMENTS, HOSTILE["truncated"][0]])
 def test_new_tags_leave_every_other_byte(tmp_path, suffix, xmp):
