@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from lightning_plugins._support.errors import InputError
+from lightning_plugins._support.image_blocks import split_jpeg
 from lightning_plugins._support.panorama_encoding import encode_panorama
 from lightning_plugins._support.panorama_metadata import read_metadata, retag_panorama
 from lightning_plugins._support.xmp import read_properties, rewrite
@@ -342,6 +343,12 @@ def test_lossy_webp_stays_lossy_and_a_bmp_says_what_it_lacks(tmp_path, copy):
     copied, metadata = copy(path)
     assert metadata.dropped == ["the pose: a BMP has no place for it"]
     assert np.array_equal(np.asarray(Image.open(copied)), noise(seed=1))
+
+
+@pytest.mark.parametrize("length", [b"\0\1", b"\xff\xff"])
+def test_a_segment_whose_length_is_wrong_ends_the_file(length):
+    with pytest.raises(ValueError, match="segments break off at byte"):
+        split_jpeg(b"\xff\xd8\xff\xe5" + length + b"\xff\xda\0\2")
 
 
 def test_a_webps_xmp_is_found_behind_a_chunk_of_odd_length(tmp_path, copy):
