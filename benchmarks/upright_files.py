@@ -4,8 +4,8 @@
 
 A JPEG of a smooth scene with noise, tilted by 25 degrees. ``level_file`` reads, rotates and writes it with its tags, and with
 ``tags_only`` rewrites the tags alone. ``rotate_in_tiles`` is the rotation by itself. Its rivals: ``rotate_equirectangular``,
-which takes the image at once, as far as that fits into memory; and OpenCV's remap by a map of the whole image, padded over seam and
-poles, whose bicubic kernel has another parameter and whose coordinates are rounded to 1/32 pixel. All three include what they
+which takes the image at once, as far as that fits into memory; and OpenCV's remap by a map of the whole image, padded over seam
+and poles, whose bicubic kernel has another parameter and whose coordinates are rounded to 1/32 pixel. All three include what they
 prepare, and exclude reading and writing. Rounds alternate; seconds are the least of them, memory the most.
 
 Writes: benchmarks/results/upright_files.csv.

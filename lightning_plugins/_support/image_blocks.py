@@ -51,10 +51,8 @@ def split_jpeg(file: bytes) -> tuple[list[Block], bytes]:
             return blocks, file[at:]
         else:
             end = at + 2 + int.from_bytes(file[at + 2 : at + 4], "big")
-            if end < at + 4:
-                break
             blocks.append(Block(file[at + 1 : at + 2], file[at + 4 : end]))
-            at = end
+            at = end  # a length below 2 leads back to itself, where no marker is
     raise ValueError(f"the JPEG's segments break off at byte {at}")
 
 
