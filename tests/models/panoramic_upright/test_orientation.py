@@ -19,7 +19,7 @@ from lightning_plugins.models.panoramic_upright.orientation import (
 
 def small_network():
     torch.manual_seed(0)
-    return OrientationNetwork((8, 12), blocks=1).eval()
+    return OrientationNetwork((8, 12), blocks=1, bins=8, cell=1).eval()
 
 
 def test_turning_the_camera_turns_the_estimate():
@@ -55,7 +55,7 @@ def test_a_vote_in_each_direction():
 def test_learns_what_can_be_seen():
     """A bright side: a network of random weights learns in a few steps to point at it, wherever it is."""
     torch.manual_seed(0)
-    network = OrientationNetwork((8, 12), blocks=1)
+    network = OrientationNetwork((8, 12), blocks=1, cell=2)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
     colatitude = torch.linspace(0, math.pi, 33)[:-1] + math.pi / 64
     longitude = torch.linspace(-math.pi, math.pi, 65)[:-1] + math.pi / 64
