@@ -48,7 +48,7 @@ def measure(method: str, path: Path) -> dict[str, float]:
 
     from lightning_plugins._support.images import read_panorama
     from lightning_plugins.engines.sphere import rotate_equirectangular, rotate_in_tiles, rotation_from_up
-    from lightning_plugins.models.panoramic_upright.levelling import level_file
+    from lightning_plugins.models.panoramic_upright.levelled_file import level_file
 
     rotation = rotation_from_up(torch.tensor(UP))
     image = None if method in ("level_file", "tags_only") else read_panorama(path)

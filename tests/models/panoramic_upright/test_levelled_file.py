@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from lightning_plugins._support.errors import InputError
-from lightning_plugins.models.panoramic_upright.levelling import level_file
+from lightning_plugins.models.panoramic_upright.levelled_file import level_file
 from tests.support.panorama_files import SRGB, SUFFIXES, exif_block, gpano_of, packet, write
 
 # Forward, right, down in aviation, whose angles these are; forward, left, up here.
@@ -260,7 +260,7 @@ def test_8192_x_4096_takes_far_less_than_4_gb(tmp_path):
     write(tmp_path / "room.jpg", np.kron(seen((0, 10, 5), 256), np.ones((16, 16, 1), dtype=np.uint8)), exif=exif_block())
     script = f"""
 import re
-from lightning_plugins.models.panoramic_upright.levelling import level_file
+from lightning_plugins.models.panoramic_upright.levelled_file import level_file
 done = level_file({str(tmp_path / "room.jpg")!r}, {str(tmp_path / "level.jpg")!r}, [0.1, 0.2, 0.9])
 print(int(re.search("VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 2**20)
 """
