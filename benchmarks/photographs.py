@@ -21,7 +21,7 @@ from _results import write_results
 
 from lightning_plugins import PanoramicDepth
 from lightning_plugins._support.images import find_panoramas, read_panorama
-from lightning_plugins.models.panoramic_depth.checkpoint import load_module
+from lightning_plugins.models.checkpoint import load_module
 
 POSITIONS = 64
 

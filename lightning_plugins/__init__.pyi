@@ -6,6 +6,7 @@ from lightning_plugins.datamodules.rendered_rooms import RenderedRooms as Render
 from lightning_plugins.datamodules.sun360 import SUN360 as SUN360
 from lightning_plugins.models.panoramic_depth.module import DepthTeacher as DepthTeacher
 from lightning_plugins.models.panoramic_depth.module import PanoramicDepth as PanoramicDepth
+from lightning_plugins.models.panoramic_upright.module import PanoramicUpright as PanoramicUpright
 from lightning_plugins.strategies.ok_topk import OkTopkStrategy as OkTopkStrategy
 from lightning_plugins.strategies.ok_topk_fabric import OkTopkFabricStrategy as OkTopkFabricStrategy
 from lightning_plugins.strategies.verified_checkpoint import VerifiedCheckpointIO as VerifiedCheckpointIO

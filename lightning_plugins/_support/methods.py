@@ -39,12 +39,16 @@ class Recipe:
 
 
 _DEPTH = "lightning_plugins.models.panoramic_depth.module"
+_UPRIGHT = "lightning_plugins.models.panoramic_upright.module"
 _DATA = "lightning_plugins.datamodules"
 
 METHODS: dict[str, Method] = {
     "PanoramicDepth": Method("models", _DEPTH, "beta", "depth in metres from one 360-degree photograph", "panoramic_depth"),
     "DepthTeacher": Method(
         "models", _DEPTH, "beta", "autoencoder of depth whose latent features teach PanoramicDepth", "panoramic_depth"
+    ),
+    "PanoramicUpright": Method(
+        "models", _UPRIGHT, "beta", "where up is in a 360-degree photograph, and the photograph levelled", "panoramic_upright"
     ),
     "RenderedRooms": Method(
         "datamodules", f"{_DATA}.rendered_rooms", "beta", "ray-cast rooms with exact depth, made on the spot", "panoramic_depth"

@@ -19,8 +19,8 @@ from lightning_plugins._lightning import ModelCheckpoint, seed_everything
 from lightning_plugins._support.images import check_panorama, find_panoramas, name_apart, read_panorama
 from lightning_plugins._support.run_folder import RunFolder
 from lightning_plugins.engines.sphere import pixel_directions
+from lightning_plugins.models.checkpoint import load_module
 from lightning_plugins.models.panoramic_depth.baselines import trivial_predictors
-from lightning_plugins.models.panoramic_depth.checkpoint import load_module
 from lightning_plugins.models.panoramic_depth.evaluation import Predictor, score
 from lightning_plugins.models.panoramic_depth.module import ModuleWithDepth
 from lightning_plugins.recipes.checkpoints import last_checkpoint

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from lightning_plugins import DepthTeacher, PanoramicDepth, RenderedRooms
 from lightning_plugins._support.errors import InputError
 from lightning_plugins._support.run_folder import RunFolder
-from lightning_plugins.models.panoramic_depth.checkpoint import load_module
+from lightning_plugins.models.checkpoint import load_module
 from lightning_plugins.recipes.lightning_cli import RecipeCLI
 from lightning_plugins.recipes.targets import shipped_yaml
 

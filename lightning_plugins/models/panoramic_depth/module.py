@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from lightning_plugins._lightning import LIGHTNING_VERSION, LightningModule, built_for
 from lightning_plugins._support.errors import InputError, nearest
 from lightning_plugins.engines.sphere import resize_equirectangular
-from lightning_plugins.models.panoramic_depth.checkpoint import load_module, save_deployed
+from lightning_plugins.models.checkpoint import load_module, save_deployed
 from lightning_plugins.models.panoramic_depth.fusion import saturated_share
 from lightning_plugins.models.panoramic_depth.losses import DEPTH_LOSSES, DISTANCES, distillation
 from lightning_plugins.models.panoramic_depth.metrics import DepthMetrics

@@ -5,7 +5,7 @@ import torch
 
 from lightning_plugins import DepthTeacher, PanoramicDepth, RenderedRooms
 from lightning_plugins._lightning import Callback, Trainer, built_for, seed_everything
-from lightning_plugins.models.panoramic_depth.checkpoint import load_module
+from lightning_plugins.models.checkpoint import load_module
 
 pytestmark = pytest.mark.adapter
 

@@ -25,7 +25,7 @@ def load_module(module_class: type[ModuleType], path: str | Path) -> ModuleType:
     """
     name = module_class.__name__
     if not Path(path).is_file():
-        raise InputError(f"checkpoint {path} does not exist; give a file that a run of panoramic_depth wrote")
+        raise InputError(f"checkpoint {path} does not exist; give a file that {name} wrote")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, KeyError) as error:
