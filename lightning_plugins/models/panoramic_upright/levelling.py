@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_plugins._support.errors import InputError
-from lightning_plugins.engines.sphere import rotate_equirectangular, rotation_from_up
+from lightning_plugins.engines.sphere import rotation_from_up
 from lightning_plugins.models.panoramic_upright.lookup_table import AnalyticLookupTable, LearnedLookupTable
 from lightning_plugins.models.panoramic_upright.orientation import OrientationNetwork
 from lightning_plugins.models.panoramic_upright.reconstruction import (
@@ -105,10 +105,11 @@ class UprightNetwork(nn.Module):
         small = F.avg_pool2d(image, factor) if factor > 1 else image
         vector = self.look(small)
         for _ in range(0 if self.training else self.refine_steps):
-            rotation = rotation_from_up(unit_up(vector))
-            # Always from the image itself, so that nothing blurs twice. Rows of R are the level axes: v R is R^T v.
-            seen = self.look(rotate_equirectangular(small, rotation, "bicubic"))
-            vector = torch.matmul(seen.unsqueeze(1), rotation).squeeze(1)
+            up = unit_up(vector)
+            # Always from the image itself, so that nothing blurs twice.
+            seen = self.look(resample_plainly(small, self.table_for(small, up)))
+            # In the level frame; v R is R^T v, back in the camera's.
+            vector = torch.matmul(seen.unsqueeze(1), rotation_from_up(up)).squeeze(1)
         return vector
 
     def look(self, image: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ class UprightNetwork(nn.Module):
         table = self.table_for(image, up)
         if self.reconstruction is None:
             plain = resample_plainly(image, table).clamp(0, 1)
-            return Candidates(plain, plain, plain, torch.zeros(len(image), dtype=torch.bool, device=image.device))
+            return Candidates(plain, plain, plain, torch.zeros(image.shape[0], dtype=torch.bool, device=image.device))
         plain, refined = (candidate.clamp(0, 1) for candidate in self.reconstruction(image, table))
         took_refined = refined_is_nearer(image, up, plain, refined)
         return Candidates(plain, refined, torch.where(took_refined[:, None, None, None], refined, plain), took_refined)

@@ -94,7 +94,7 @@ def _block(before: int, after: int, stride: int = 1) -> nn.Sequential:
 def _latitude(image: Tensor) -> Tensor:
     up = pixel_directions(image.shape[2], 1, dtype=image.dtype, device=image.device)[..., 2]  # (H, 1)
     both = torch.stack([up, (1 - up.square()).clamp(min=0).sqrt()])
-    return both.expand(len(image), -1, -1, image.shape[3])
+    return both.expand(image.shape[0], -1, -1, image.shape[3])  # len() would fix the batch in exported programs
 
 
 def _sum_votes(votes: Tensor) -> Tensor:

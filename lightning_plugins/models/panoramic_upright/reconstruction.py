@@ -43,17 +43,18 @@ class UprightReconstruction(nn.Module):
         if features < 1 or hidden < 1:
             raise InputError(f"features and hidden must be 1 or more channels, got {features} and {hidden}; 8 and 16 are light")
         self.shallow = nn.Sequential(
-            nn.Conv2d(3, features, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(features, features, 3, padding=1)
+            nn.Conv2d(3, features, 3, padding=1), nn.SiLU(inplace=True), nn.Conv2d(features, features, 3, padding=1)
         )
+        # SiLU: with so few channels and so small a residual, runs with ReLU died before they had learned anything.
         last = nn.Conv2d(hidden, 3, 3, padding=1)
         nn.init.zeros_(last.weight)
         assert last.bias is not None
         nn.init.zeros_(last.bias)
         self.refine = nn.Sequential(
             nn.Conv2d(3 + features, hidden, 3, padding=1),
-            nn.ReLU(inplace=True),
+            nn.SiLU(inplace=True),
             nn.Conv2d(hidden, hidden, 3, padding=1),
-            nn.ReLU(inplace=True),
+            nn.SiLU(inplace=True),
             last,
         )
         wrap_convolutions(self)
