@@ -95,7 +95,7 @@ class PanoramicUpright(LightningModule):
         super().__init__()
         if lookup_table not in LOOKUP_TABLES:
             raise InputError(f"lookup_table has no {lookup_table!r}; {nearest(lookup_table, LOOKUP_TABLES)}")
-        if image_height < 1 or image_height % (step := 2 ** len(widths)):
+        if image_height % (step := 2 ** len(widths)) or image_height < 1:
             raise InputError(
                 f"image_height must be a multiple of {step} with {len(widths)} widths, got {image_height}; 64 is quick"
             )
