@@ -15,10 +15,11 @@ ANGLES = ("true", "predicted")
 class UprightFigures(nn.Module):
     """The metrics of one validation; nothing of it is saved in checkpoints.
 
-    Figures of ``compute``: those of ``UpErrors``, and, of the images whose level truth was given, for either angle:
+    Figures of ``compute``: those of ``UpErrors``, and, of the images whose level truth was given, for either angle
     ``psnr_<image>_<angle>_db`` and ``ws_psnr_<image>_<angle>_db`` with ``plain``, ``refined`` and ``gated`` as image;
-    ``gate_precision_<angle>``, the share of images of which the gate took the candidate that is nearer to the truth, over the
-    sphere; and ``gate_refined_share_<angle>``, the share of which it took the refined one.
+    ``gate_precision``, the share of images of which the gate took the candidate that is nearer to the truth, over the sphere; and
+    ``gate_refined_share``, the share of which it took the refined one. These two are of the true angle: where image and truth lie
+    some pixels apart, the softer of two images is always the nearer one.
 
     Args:
         refined: whether there is a refiner; without one ``plain`` is all there is to report.
@@ -30,7 +31,7 @@ class UprightFigures(nn.Module):
         self.images = ("plain", "refined", "gated") if refined else ("plain",)
         self.psnr: Any = nn.ModuleDict({f"{image}_{angle}": PanoramaPSNR() for image in self.images for angle in ANGLES})
         gates = ("gate_precision", "gate_refined_share") if refined else ()
-        self.gates: Any = nn.ModuleDict({f"{name}_{angle}": MeanMetric() for name in gates for angle in ANGLES})
+        self.gates: Any = nn.ModuleDict({name: MeanMetric() for name in gates})
         self.has_level = False
 
     def update(self, network: UprightNetwork, image: Tensor, up: Tensor, level: Tensor | None) -> None:
@@ -51,9 +52,9 @@ class UprightFigures(nn.Module):
             candidates = network.level(image, direction)
             for name in self.images:
                 self.psnr[f"{name}_{angle}"].update(getattr(candidates, name), level)
-            if self.gates:
-                self.gates[f"gate_precision_{angle}"].update(gate_is_right(candidates, level).float())
-                self.gates[f"gate_refined_share_{angle}"].update(candidates.took_refined.float())
+            if self.gates and angle == "true":
+                self.gates["gate_precision"].update(gate_is_right(candidates, level).float())
+                self.gates["gate_refined_share"].update(candidates.took_refined.float())
 
     def compute(self) -> dict[str, Tensor]:
         """Return the figures of all batches since the last call, and begin anew."""
