@@ -43,7 +43,8 @@ class PanoramicUpright(LightningModule):
     Batches are dicts with ``image`` ``(B, 3, H, W)`` in [0, 1] and ``up`` ``(B, 3)``, unit vectors in the camera's frame, and
     optionally ``level`` ``(B, 3, H, W)``: the true level image in the frame that ``rotation_from_up(up)`` gives. H is
     ``image_height`` or a multiple of it. Without ``level`` only the orientation is trained. The reconstruction is trained with
-    the true angle: what a wrong angle costs is no blur, and it could only learn to smear.
+    the true angle: what a wrong angle costs is no blur, and it could only learn to smear. One of the two images should be made
+    from the other by rotation: between two photographs the noise differs by more than reading between pixels blurs.
 
     With ``reconstruct=False`` optimization is automatic: ``Trainer(gradient_clip_val=..., accumulate_grad_batches=...)`` works as
     ever. With ``reconstruct=True`` it is manual, since there is a second optimizer where the discriminator is
