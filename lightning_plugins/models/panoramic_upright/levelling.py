@@ -97,7 +97,7 @@ class UprightNetwork(nn.Module):
         Refining steps are not taken in training: they would train on images that are level but for the network's own errors.
         """
         factor = image.shape[-2] // self.height
-        if image.ndim != 4 or image.shape[2:] != (factor * self.height, 2 * factor * self.height) or factor < 1:
+        if image.ndim != 4 or image.shape[2:] != (factor * self.height, 2 * factor * self.height):
             raise InputError(
                 f"image must have shape (B, 3, k {self.height}, k {2 * self.height}), got {tuple(image.shape)}; "
                 "resize_equirectangular resizes it"

@@ -32,6 +32,7 @@ from lightning_plugins.engines.sphere import (
 
 # Every other row and column: a quarter of the cost, and still thousands of pixels to compare.
 GATE_STRIDE = 2
+# Trained refiners that helped came back with 0.75 to 0.96 of the plain image's squared error, on held-out rooms and photographs.
 GATE_MARGIN = 0.02
 
 

@@ -1,5 +1,7 @@
 """The upright network inside a real Trainer: with one optimizer, with two by hand, with none of the training's parts left."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,8 +9,16 @@ from lightning_plugins import PanoramicUpright
 from lightning_plugins._lightning import Callback, Trainer, built_for, seed_everything
 from lightning_plugins.engines.sphere import rotation_from_up
 from lightning_plugins.models.checkpoint import load_module
-from lightning_plugins.models.panoramic_upright.orientation import expected_error_deg
-from tests.models.panoramic_upright.tilted_rooms import tiny_rooms
+from lightning_plugins.models.panoramic_upright.lookup_table import AnalyticLookupTable
+from lightning_plugins.models.panoramic_upright.orientation import expected_error_deg, von_mises_fisher_loss
+from lightning_plugins.models.panoramic_upright.reconstruction_losses import (
+    adversarial_loss,
+    discriminator_loss,
+    edge_loss,
+    reconstruction_l1,
+)
+from tests.models.panoramic_upright.test_reconstruction import awake
+from tests.models.panoramic_upright.tilted_rooms import tiny_rooms, up_vectors
 
 pytestmark = pytest.mark.adapter
 
@@ -47,19 +57,30 @@ class Watch(Callback):
         self.steps.append(trainer.global_step)
 
 
-class Norms(Callback):
-    """The norm of the gradients that each step of each optimizer used."""
+class Gradients(Callback):
+    """The first batch, and the gradients that each optimizer's steps used, by name."""
 
     def __init__(self):
-        self.norms = []
+        self.batch, self.steps = None, []
 
     def on_train_start(self, trainer, pl_module):
         for optimizer in trainer.optimizers:
-            optimizer.register_step_post_hook(self.measure)
+            optimizer.register_step_post_hook(self.keep)
+        self.names = {parameter: name for name, parameter in pl_module.named_parameters()}
 
-    def measure(self, optimizer, args, kwargs):
-        gradients = [p.grad.norm() for group in optimizer.param_groups for p in group["params"]]
-        self.norms.append(float(torch.stack(gradients).norm()))
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batch = self.batch or batch
+
+    def keep(self, optimizer, args, kwargs):
+        used = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.steps.append({self.names[parameter]: parameter.grad.clone() for parameter in used})
+
+
+class FrozenBatchStatistics(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        for part in pl_module.modules():
+            if isinstance(part, torch.nn.BatchNorm2d):
+                part.eval()
 
 
 class SaveAfter(Callback):
@@ -100,6 +121,25 @@ def test_every_part_learns(kind, tmp_path):
     assert all(parameter.requires_grad for parameter in module.parameters()), "a toggled optimizer was not toggled back"
 
 
+def test_a_learned_table_stays_right_while_it_learns(tmp_path):
+    module = upright(reconstruct=True, adversarial_weight=0.0, lookup_table="learned")
+    exact, up = AnalyticLookupTable(32, 64), up_vectors(range(40), max_tilt_deg=180.0)
+
+    @torch.no_grad()
+    def error_deg():
+        return float(torch.rad2deg((module.network.table(up) - exact(up)).norm(dim=-1).mean()))
+
+    before = error_deg()
+    trainer(tmp_path, max_epochs=5, limit_val_batches=0).fit(module, tiny_rooms())
+    assert before != error_deg() < 1.02 * before
+
+
+def test_trains_in_mixed_precision(tmp_path):
+    module, watch = upright(**KINDS["with a discriminator"]), Watch()
+    trainer(tmp_path, max_epochs=3, precision="bf16-mixed", callbacks=[watch]).fit(module, tiny_rooms(augment=False))
+    assert sum(watch.losses[-2:]) < sum(watch.losses[:2])
+
+
 def test_without_level_images_only_the_orientation_learns(tmp_path):
     module, rooms = upright(reconstruct=True), tiny_rooms()
     rooms.with_level = False
@@ -132,29 +172,45 @@ def test_accumulated_batches_step_once(accumulate, tmp_path):
     assert max(watch.rates[-1]) < 1e-3 * 0.002
 
 
+def test_each_optimizer_follows_its_own_loss(tmp_path):
+    """The gradients of the first steps, worked out from the losses: none of the other loss, which is as large, is among them."""
+    module = upright(reconstruct=True, adversarial_weight=2.0, edge_weight=0.7)
+    awake(module.network.reconstruction).train()
+    start, gradients = copy.deepcopy(module), Gradients()
+    trainer(tmp_path, max_epochs=1, limit_train_batches=1, limit_val_batches=0, callbacks=[gradients]).fit(module, tiny_rooms())
+    image, up, level = (gradients.batch[name] for name in ("image", "up", "level"))
+    discriminator, network = start.discriminator, start.network
+    _, refined = network.reconstruction(image, AnalyticLookupTable(32, 64)(up))
+    loss = von_mises_fisher_loss(network.orientation(image), up) + reconstruction_l1(refined, level)
+    loss = loss + 0.7 * edge_loss(refined, level) + 2.0 * adversarial_loss(discriminator(refined))
+    rival = discriminator_loss(discriminator(level), discriminator(refined.detach()))
+    for found, expected, part in zip(gradients.steps, (loss, rival), ("network.", "discriminator."), strict=True):
+        named = {name: parameter for name, parameter in start.named_parameters() if name.startswith(part)}
+        exact = torch.autograd.grad(expected, [*named.values()], retain_graph=True)
+        assert found.keys() == named.keys()
+        for name, gradient in zip(named, exact, strict=True):
+            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=f"{name} differs")
+
+
 def test_accumulated_batches_are_averaged(tmp_path):
     """Two batches of two rooms give the gradient of one of four: without a batch norm's statistics, which differ."""
-
-    class Frozen(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            for part in pl_module.modules():
-                if isinstance(part, torch.nn.BatchNorm2d):
-                    part.eval()
-
     found = []
     for batch_size, accumulate in ((4, 1), (2, 2)):
-        module = upright(**KINDS["with a discriminator"], accumulate_batches=accumulate)
+        module, gradients = upright(**KINDS["with a discriminator"], accumulate_batches=accumulate), Gradients()
         rooms = tiny_rooms(train_rooms=4, batch_size=batch_size)
-        trainer(tmp_path, max_epochs=1, limit_val_batches=0, precision="64-true", callbacks=[Frozen()]).fit(module, rooms)
-        found.append(module.state_dict())
-    assert all(torch.allclose(found[0][name], found[1][name], rtol=0, atol=1e-6) for name in found[0])
+        callbacks = [FrozenBatchStatistics(), gradients]
+        trainer(tmp_path, max_epochs=1, limit_val_batches=0, precision="64-true", callbacks=callbacks).fit(module, rooms)
+        found.append(gradients.steps)
+    assert len(found[0]) == len(found[1]) == 2
+    for one, other in zip(*found, strict=True):
+        assert all(torch.allclose(one[name], other[name], rtol=1e-6, atol=1e-9) for name in one)
 
 
 def test_gradients_are_clipped_by_hand(tmp_path):
-    module, norms = upright(**KINDS["with a discriminator"], gradient_clip_norm=0.01), Norms()
-    trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[norms]).fit(module, tiny_rooms())
-    assert len(norms.norms) == 4
-    assert norms.norms == pytest.approx([0.01] * 4, rel=1e-3)
+    module, gradients = upright(**KINDS["with a discriminator"], gradient_clip_norm=0.01), Gradients()
+    trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[gradients]).fit(module, tiny_rooms())
+    norms = [float(torch.stack([gradient.norm() for gradient in step.values()]).norm()) for step in gradients.steps]
+    assert norms == pytest.approx([0.01] * 4, rel=1e-3)
 
 
 def test_with_one_optimizer_the_trainer_clips_and_accumulates(tmp_path):

@@ -42,14 +42,25 @@ def test_every_figure():
 @torch.no_grad()
 def test_begins_anew_and_reports_what_there_was():
     image, up = torch.rand(2, 3, 16, 32), up_vectors(range(2))
-    model, figures = network(reconstruct=False), UprightFigures(refined=False)
+    model, figures, fresh = network(), UprightFigures(refined=True), UprightFigures(refined=True)
     figures.update(model, image, up, image)
-    assert {name for name in figures.compute() if "deg" not in name} == {
+    figures.compute()
+    for each in (figures, fresh):
+        each.update(model, image.flip(0), up, image)
+    assert figures.compute() == fresh.compute()
+    figures.update(model, image, up, None)
+    assert not [name for name in figures.compute() if "psnr" in name or "gate" in name]
+    assert not figures.state_dict()
+
+
+@torch.no_grad()
+def test_without_a_refiner_plain_resampling_is_all_there_is():
+    image, up = torch.rand(2, 3, 16, 32), up_vectors(range(2))
+    figures = UprightFigures(refined=False)
+    figures.update(network(reconstruct=False), image, up, image)
+    assert {name for name in figures.compute() if not name.endswith("_deg")} == {
         f"{kind}_plain_{angle}_db" for kind in ("psnr", "ws_psnr") for angle in ("true", "predicted")
     }
-    figures.update(model, image, up, None)
-    assert not [name for name in figures.compute() if "psnr" in name]
-    assert not figures.state_dict()
 
 
 def test_the_gate_is_right_where_it_took_the_nearer_one():
