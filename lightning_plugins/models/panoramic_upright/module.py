@@ -33,7 +33,7 @@ from lightning_plugins.models.panoramic_upright.validation import UprightFigures
 
 WIDTHS = [24, 48, 96, 128]
 LOOKUP_TABLES = ("analytic", "learned")
-# A fitted table is nearly exact, and the noise of the gradients moves it away: of 128 rows in 80 steps from 0.010 to 0.016 degrees,
+# A fitted table is nearly exact, and noise in the gradients moves it away: with 128 rows in 80 steps from 0.010 to 0.016 degrees,
 # with ten times this share to 0.054.
 TABLE_LEARNING_RATE_SHARE = 0.001
 
