@@ -16,6 +16,7 @@ from lightning_plugins.models.panoramic_depth.fusion import saturated_share
 from lightning_plugins.models.panoramic_depth.losses import DEPTH_LOSSES, DISTANCES, distillation
 from lightning_plugins.models.panoramic_depth.metrics import DepthMetrics
 from lightning_plugins.models.panoramic_depth.network import StudentNetwork, TeacherNetwork
+from lightning_plugins.models.photograph import check_photograph
 
 WIDTHS = [16, 32, 48, 64, 96]
 
@@ -263,15 +264,7 @@ class PanoramicDepth(ModuleWithDepth):
         Raises:
             InputError: if it is not a 2:1 image of floating point numbers.
         """
-        if (
-            image.ndim != 3
-            or len(image) != 3
-            or not image.is_floating_point()
-            or abs(image.shape[2] - 2 * image.shape[1]) > 0.01 * image.shape[2]
-        ):
-            raise InputError(
-                f"image must be (3, H, 2 H) of floats in [0, 1], got {tuple(image.shape)} of {image.dtype}; crop or pad to 2:1"
-            )
+        check_photograph(image)
         height = self.hparams["image_height"]
         small = resize_equirectangular(image[None].to(self._like()), height, 2 * height)
         was_training = self.training

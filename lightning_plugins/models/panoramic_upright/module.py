@@ -30,6 +30,7 @@ from lightning_plugins.models.panoramic_upright.reconstruction_losses import (
     reconstruction_l1,
 )
 from lightning_plugins.models.panoramic_upright.validation import UprightFigures
+from lightning_plugins.models.photograph import check_photograph
 
 WIDTHS = [24, 48, 96, 128]
 LOOKUP_TABLES = ("analytic", "learned")
@@ -223,7 +224,7 @@ class PanoramicUpright(LightningModule):
         Raises:
             InputError: if it is not a 2:1 image of floating point numbers.
         """
-        check_panorama(image)
+        check_photograph(image)
         height = self.hparams["image_height"]
         small = resize_equirectangular(image[None].to(self._like()), height, 2 * height)
         with self._evaluating():
@@ -245,6 +246,8 @@ class PanoramicUpright(LightningModule):
             InputError: if it is not a 2:1 image of floating point numbers.
         """
         estimate = self.predict_up(image)
+        if height is None and not estimate.is_sure:
+            return image
         height = image.shape[1] if height is None else height
         resized = resize_equirectangular(image[None].to(self._like()), height, 2 * height)
         if not estimate.is_sure:
@@ -309,19 +312,6 @@ class PanoramicUpright(LightningModule):
         if (epochs := self.trainer.max_epochs) is not None and epochs > -1 and self.trainer.num_training_batches < math.inf:
             limits.append(epochs * math.ceil(self.trainer.num_training_batches / self.hparams["accumulate_batches"]))
         return min(limits)
-
-
-def check_panorama(image: Tensor) -> None:
-    """Refuse what is no photograph ``(3, H, 2 H)`` of floating point numbers."""
-    if (
-        image.ndim != 3
-        or len(image) != 3
-        or not image.is_floating_point()
-        or abs(image.shape[2] - 2 * image.shape[1]) > 0.01 * image.shape[2]
-    ):
-        raise InputError(
-            f"image must be (3, H, 2 H) of floats in [0, 1], got {tuple(image.shape)} of {image.dtype}; crop or pad to 2:1"
-        )
 
 
 def _listed(parts: Any) -> list[Any]:

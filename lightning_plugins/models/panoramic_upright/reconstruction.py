@@ -51,7 +51,7 @@ class UprightReconstruction(nn.Module):
         self.shallow = nn.Sequential(
             nn.Conv2d(3, features, 3, padding=1), nn.SiLU(inplace=True), nn.Conv2d(features, features, 3, padding=1)
         )
-        # SiLU: with so few channels and so small a residual, runs with ReLU died before they had learned anything.
+        # SiLU: with so few channels and so small a residual, a run with ReLU died before it had learned anything.
         last = nn.Conv2d(hidden, 3, 3, padding=1)
         nn.init.zeros_(last.weight)
         assert last.bias is not None

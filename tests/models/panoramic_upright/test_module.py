@@ -295,6 +295,10 @@ def test_an_unsure_estimate_leaves_the_photograph_alone():
     assert not estimate.is_sure
     assert estimate.expected_error_deg > 1e-3
     assert torch.equal(module.level_panorama(photograph), photograph)
+    # Also where the model would have resized it or changed its precision.
+    nearly = torch.rand(3, 200, 401, dtype=torch.float64)
+    assert torch.equal(module.level_panorama(nearly), nearly)
+    assert module.level_panorama(nearly, height=20).shape == (3, 20, 40)
 
 
 @pytest.mark.parametrize("colour", [0.0, 0.5, 1.0])
