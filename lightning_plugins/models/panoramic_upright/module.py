@@ -15,7 +15,7 @@ from lightning_plugins._lightning import LIGHTNING_VERSION, LightningModule, bui
 from lightning_plugins._support.errors import InputError, nearest
 from lightning_plugins.engines.sphere import resize_equirectangular, rotation_from_up
 from lightning_plugins.models.checkpoint import save_deployed
-from lightning_plugins.models.panoramic_upright.levelling import UpEstimate, UprightNetwork, unit_up
+from lightning_plugins.models.panoramic_upright.network import UpEstimate, UprightNetwork, unit_up
 from lightning_plugins.models.panoramic_upright.lookup_table import AnalyticLookupTable, LearnedLookupTable, fit_lookup_table
 from lightning_plugins.models.panoramic_upright.orientation import (
     OrientationNetwork,
@@ -32,7 +32,7 @@ from lightning_plugins.models.panoramic_upright.reconstruction_losses import (
 from lightning_plugins.models.panoramic_upright.validation import UprightFigures
 from lightning_plugins.models.photograph import check_photograph
 
-WIDTHS = [24, 48, 96, 128]
+WIDTHS = [48, 96, 128]
 LOOKUP_TABLES = ("analytic", "learned")
 # A fitted table is nearly exact, and noise in the gradients moves it away: with 128 rows in 80 steps from 0.010 to 0.016 degrees,
 # with ten times this share to 0.054.
@@ -58,7 +58,7 @@ class PanoramicUpright(LightningModule):
     Paper: Chen, Li, Li, arXiv 2304.05556; what its abstract leaves open is a choice here.
 
     Args:
-        widths: channels of the orientation network after each halving of the image.
+        widths: channels of the orientation network after each halving of its histograms.
         blocks: its residual blocks at the coarsest size.
         image_height: rows of the images in which up is looked for; photographs are resized to them.
         refine_steps: how often the image is levelled and looked at again before an estimate stands; not in training.
@@ -82,34 +82,35 @@ class PanoramicUpright(LightningModule):
         self,
         widths: list[int] = WIDTHS,
         blocks: int = 2,
-        image_height: int = 64,
+        image_height: int = 128,
         refine_steps: int = 0,
         max_expected_error_deg: float = 15.0,
         lookup_table: str = "analytic",
         reconstruct: bool = False,
         edge_weight: float = 0.5,
         adversarial_weight: float = 0.001,
-        learning_rate: float = 2e-3,
+        learning_rate: float = 6e-3,
         reconstruction_learning_rate: float = 2e-3,
-        weight_decay: float = 0.01,
+        weight_decay: float = 0.02,
         gradient_clip_norm: float | None = None,
         accumulate_batches: int = 1,
     ) -> None:
         super().__init__()
         if lookup_table not in LOOKUP_TABLES:
             raise InputError(f"lookup_table has no {lookup_table!r}; {nearest(lookup_table, LOOKUP_TABLES)}")
-        if image_height % (step := 2 ** len(widths)) or image_height < 1:
+        orientation = OrientationNetwork(tuple(widths), blocks)
+        if image_height % (stride := orientation.stride) or image_height < 1:
             raise InputError(
-                f"image_height must be a multiple of {step} with {len(widths)} widths, got {image_height}; 64 is quick"
+                f"image_height must be a multiple of {stride} with {len(widths)} widths, got {image_height}; 128 suits photographs"
             )
         for name, value in (("learning_rate", learning_rate), ("reconstruction_learning_rate", reconstruction_learning_rate)):
             if not value > 0:
-                raise InputError(f"{name} must be greater than 0, got {value}; 0.002 suits the default model")
+                raise InputError(f"{name} must be greater than 0, got {value}; 0.006 and 0.002 are the defaults")
         for name, value, advice in (
             ("refine_steps", refine_steps, "0 estimates once"),
             ("edge_weight", edge_weight, "0 leaves the edges out"),
             ("adversarial_weight", adversarial_weight, "0 trains without a discriminator"),
-            ("weight_decay", weight_decay, "0.01 suits the default model"),
+            ("weight_decay", weight_decay, "0.02 suits the default model"),
         ):
             if not value >= 0:
                 raise InputError(f"{name} must be 0 or more, got {value}; {advice}")
@@ -126,7 +127,6 @@ class PanoramicUpright(LightningModule):
             )
         self.save_hyperparameters()
         self.automatic_optimization = not reconstruct
-        orientation = OrientationNetwork(tuple(widths), blocks)
         table: AnalyticLookupTable | LearnedLookupTable = AnalyticLookupTable(image_height, 2 * image_height)
         if lookup_table == "learned":
             table = LearnedLookupTable(image_height, 2 * image_height)

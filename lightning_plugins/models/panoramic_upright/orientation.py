@@ -9,7 +9,7 @@ much: yaw, which cannot be seen, is nothing that the network has to learn. The s
 Mises-Fisher distribution, so an image without cues, whose votes cancel, says so by itself.
 
 Paper: Chen et al., arXiv 2304.05556, whose orientation module is not described in what could be read; front end and head are our
-own. With the same training, a network on pixels was wrong by nearly three times as much.
+own.
 """
 
 import math

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lightning_plugins.models.panoramic_upright.levelling import Candidates, UprightNetwork, unit_up
+from lightning_plugins.models.panoramic_upright.network import Candidates, UprightNetwork, unit_up
 from lightning_plugins.models.panoramic_upright.orientation_metrics import UpErrors
 from lightning_plugins.models.panoramic_upright.reconstruction_metrics import PanoramaPSNR, psnr_db
 

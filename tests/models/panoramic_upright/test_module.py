@@ -142,7 +142,7 @@ def test_trains_in_mixed_precision(tmp_path):
 
 def test_without_level_images_only_the_orientation_learns(tmp_path):
     module, rooms = upright(reconstruct=True), tiny_rooms()
-    rooms.with_level = False
+    rooms.gives_level = False
     before = weights(module)
     fitted = trainer(tmp_path, max_epochs=2)
     fitted.fit(module, rooms)
@@ -340,8 +340,8 @@ def test_repr_says_which_lightning_it_was_built_for():
         ({"max_expected_error_deg": 0}, r"max_expected_error_deg must be in \(0, 180\], got 0"),
         ({"lookup_table": "learnt"}, "lookup_table has no 'learnt'; did you mean learned"),
         ({"widths": []}, "widths must be positive"),
-        ({"image_height": 30}, "image_height must be a multiple of 4 with 2 widths, got 30"),
-        ({"image_height": 0}, "image_height must be a multiple of 4 with 2 widths, got 0"),
+        ({"image_height": 30}, "image_height must be a multiple of 16 with 2 widths, got 30"),
+        ({"image_height": 0}, "image_height must be a multiple of 16 with 2 widths, got 0"),
         ({"reconstruct": True, "accumulate_batches": 0}, "accumulate_batches must be 1 or more, got 0"),
         ({"reconstruct": True, "gradient_clip_norm": 0}, "gradient_clip_norm must be greater than 0, got 0; None does not clip"),
         ({"accumulate_batches": 2}, r"got 2 and None without; give Trainer\(accumulate_grad_batches"),

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_plugins.models.panoramic_upright.levelling import Candidates
+from lightning_plugins.models.panoramic_upright.network import Candidates
 from lightning_plugins.models.panoramic_upright.validation import UprightFigures, gate_is_right
-from tests.models.panoramic_upright.test_levelling import network
+from tests.models.panoramic_upright.test_network import network
 from tests.models.panoramic_upright.tilted_rooms import tilted, up_vectors
 
 

@@ -24,13 +24,13 @@ def tilted(level, up):
 class TiltedRooms(RenderedRooms):
     """Batches of ``image``, ``up`` and, unless it is told not to, ``level``."""
 
-    with_level = True
+    gives_level = True
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
         level = batch["image"]
         up = up_vectors(batch["index"]).to(level)
         made = {"image": tilted(level, up), "up": up}
-        return {**made, "level": level} if self.with_level else made
+        return {**made, "level": level} if self.gives_level else made
 
 
 def tiny_rooms(**options):
