@@ -15,8 +15,8 @@ from lightning_plugins._lightning import LIGHTNING_VERSION, LightningModule, bui
 from lightning_plugins._support.errors import InputError, nearest
 from lightning_plugins.engines.sphere import resize_equirectangular, rotation_from_up
 from lightning_plugins.models.checkpoint import save_deployed
-from lightning_plugins.models.panoramic_upright.network import UpEstimate, UprightNetwork, unit_up
 from lightning_plugins.models.panoramic_upright.lookup_table import AnalyticLookupTable, LearnedLookupTable, fit_lookup_table
+from lightning_plugins.models.panoramic_upright.network import UpEstimate, UprightNetwork, unit_up
 from lightning_plugins.models.panoramic_upright.orientation import (
     OrientationNetwork,
     expected_error_deg,
@@ -101,7 +101,7 @@ class PanoramicUpright(LightningModule):
         orientation = OrientationNetwork(tuple(widths), blocks)
         if image_height % (stride := orientation.stride) or image_height < 1:
             raise InputError(
-                f"image_height must be a multiple of {stride} with {len(widths)} widths, got {image_height}; 128 suits photographs"
+                f"image_height must be a multiple of {stride} with {len(widths)} widths, got {image_height}; 128 is the default"
             )
         for name, value in (("learning_rate", learning_rate), ("reconstruction_learning_rate", reconstruction_learning_rate)):
             if not value > 0:

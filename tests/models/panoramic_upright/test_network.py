@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lightning_plugins.engines.sphere import rotate_equirectangular, rotation_from_up, solid_angles
-from lightning_plugins.models.panoramic_upright.network import UprightNetwork, unit_up
 from lightning_plugins.models.panoramic_upright.lookup_table import AnalyticLookupTable, LearnedLookupTable, fit_lookup_table
+from lightning_plugins.models.panoramic_upright.network import UprightNetwork, unit_up
 from lightning_plugins.models.panoramic_upright.orientation import OrientationNetwork, geodesic_distance
 from lightning_plugins.models.panoramic_upright.reconstruction import UprightReconstruction
 from tests.models.panoramic_upright.test_reconstruction import awake, level_directions
