@@ -61,7 +61,7 @@ class UprightNetwork(nn.Module):
         table: the table for its size; images of other sizes go through the exact one.
         reconstruction: refines what was read; None leaves plain resampling.
         height: rows of the images that ``orientation`` sees.
-        refine_steps: how often the image is levelled and looked at again before the estimate stands.
+        refine_steps: how often the image is levelled and looked at again; the surest of all estimates stands.
     """
 
     def __init__(
@@ -102,23 +102,27 @@ class UprightNetwork(nn.Module):
                 f"image must have shape (B, 3, k {self.height}, k {2 * self.height}), got {tuple(image.shape)}; "
                 "resize_equirectangular resizes it"
             )
-        small = F.avg_pool2d(image, factor) if factor > 1 else image
-        vector = self.look(small)
+        vector = self.look(image)
         for _ in range(0 if self.training else self.refine_steps):
             up = unit_up(vector)
             # Always from the image itself, so that nothing blurs twice.
-            seen = self.look(resample_plainly(small, self.table_for(small, up)))
+            seen = self.look(resample_plainly(image, self.table_for(image, up)))
             # In the level frame; v R is R^T v, back in the camera's.
-            vector = torch.matmul(seen.unsqueeze(1), rotation_from_up(up)).squeeze(1)
+            again = torch.matmul(seen.unsqueeze(1), rotation_from_up(up)).squeeze(1)
+            # The longer of the two is the surer one: a wrong turn is not followed.
+            surer = again.square().sum(-1, keepdim=True) > vector.square().sum(-1, keepdim=True)
+            vector = torch.where(surer, again, vector)
         return vector
 
     def look(self, image: Tensor) -> Tensor:
-        """Return what the orientation network says of images of its size; the zero vector where they are of one colour.
+        """Return what the orientation network says of images of its size or a multiple; the zero vector for those of one colour.
 
         Of such an image it sees the latitudes alone, and any direction that it gives is an artefact.
         """
-        has_cue = image.std(dim=(2, 3)).amax(dim=1) > UNIFORM_DEVIATION
-        return self.orientation(image) * has_cue.unsqueeze(1)
+        factor = image.shape[-2] // self.height
+        small = F.avg_pool2d(image, factor) if factor > 1 else image
+        has_cue = small.std(dim=(2, 3)).amax(dim=1) > UNIFORM_DEVIATION
+        return self.orientation(small) * has_cue.unsqueeze(1)
 
     def level(self, image: Tensor, up: Tensor) -> Candidates:
         """Return the level images of ``(B, 3, H, W)`` at the same size.

@@ -22,7 +22,11 @@ def bright_towards(up, height=16):
 
 
 class Hesitant(torch.nn.Module):
-    """Finds where an image is bright, and believes only 70 % of the tilt."""
+    """Finds where an image is bright, and believes only 70 % of the tilt; the less tilt it sees, the surer it is, or the less."""
+
+    def __init__(self, surer_when_level=True):
+        super().__init__()
+        self.surer_when_level = surer_when_level
 
     def forward(self, image):
         directions = torch.from_numpy(level_directions(image.shape[2])).float()
@@ -30,7 +34,8 @@ class Hesitant(torch.nn.Module):
         found = torch.nn.functional.normalize(torch.einsum("bhw,hwc->bc", weight, directions), dim=-1)
         tilt = torch.acos(found[:, 2:].clamp(-1, 1))
         across = torch.nn.functional.normalize(found[:, :2], dim=-1)
-        return 50.0 * torch.cat([across * (0.7 * tilt).sin(), (0.7 * tilt).cos()], dim=-1)
+        sure = 50 - 40 * tilt if self.surer_when_level else 10 + 40 * tilt
+        return sure * torch.cat([across * (0.7 * tilt).sin(), (0.7 * tilt).cos()], dim=-1)
 
 
 def network(orientation=None, height=16, learned=False, refine_steps=0, reconstruct=True):
@@ -50,7 +55,35 @@ def test_looking_again_shrinks_an_error_that_grows_with_the_tilt(steps):
     vector = network(Hesitant(), 32, refine_steps=steps).estimate(bright_towards(up, 32))
     error_deg = torch.rad2deg(geodesic_distance(vector, up))
     torch.testing.assert_close(error_deg, tilt_deg * 0.3 ** (steps + 1), rtol=0.05, atol=0.05)
-    torch.testing.assert_close(vector.norm(dim=-1), torch.full((4,), 50.0))
+    torch.testing.assert_close(vector.norm(dim=-1), 50 - 40 * torch.deg2rad(tilt_deg) * 0.3**steps, rtol=0.01, atol=0.1)
+
+
+def test_a_second_look_that_is_less_sure_does_not_count():
+    image = bright_towards(up_vectors(range(4)))
+    once, again = (network(Hesitant(surer_when_level=False), refine_steps=steps).estimate(image) for steps in (0, 2))
+    assert torch.equal(once, again)
+
+
+def test_large_images_are_looked_at_again_as_sharp_as_they_are():
+    """Fine stripes across the sight survive a turn at the image's size, and do not one at the network's."""
+
+    class Stripes(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.deviations = []
+
+        def forward(self, image):
+            self.deviations.append(image.std())
+            return torch.tensor([[0.3, 0.0, 1.0]]).expand(len(image), -1)
+
+    columns = torch.arange(128)
+    image = (0.5 + 0.4 * torch.sin(columns * (2 * torch.pi / 5))).expand(1, 3, 64, 128).contiguous()
+    model = network(Stripes(), 32, refine_steps=1)
+    model.estimate(image)
+    first, second = model.orientation.deviations
+    small = torch.nn.functional.avg_pool2d(image, 2)
+    turned_small = rotate_equirectangular(small, rotation_from_up(torch.tensor([0.3, 0.0, 1.0])), "bicubic").std()
+    assert first > second > 1.1 * turned_small
 
 
 def test_does_not_look_again_in_training():
