@@ -2,6 +2,7 @@
 
     small            even by solid angle within 20 degrees of the image's vertical
     sphere           even over the whole sphere
+    mixed            half of them as small, half as sphere: for a model that finds any tilt and still tells the last degrees
     cone:ANGLE       even within that many degrees, from 0 to 180
     hand_held        angles with the density of two equal Gaussian slips, forwards and sideways (Rayleigh, sigma 4 degrees), cut
                      at 20 degrees: half are below 4.7 degrees, one in a hundred is above 12.1
@@ -42,6 +43,8 @@ def draw_camera_to_level(tilt: str, generator: np.random.Generator) -> npt.NDArr
     if tilt == "whole_degrees":
         colatitude_deg, azimuth_deg = (int(generator.integers(steps)) for steps in (180, 360))
         return tilt_rotation(math.cos(math.radians(colatitude_deg)), math.radians(azimuth_deg))
+    if tilt == "mixed":
+        tilt = "small" if generator.random() < 0.5 else "sphere"
     return draw_tilt(generator, _cone_deg(tilt))
 
 
@@ -65,7 +68,7 @@ def _cone_deg(tilt: str) -> float:
         angle_deg = math.nan
     if name != "cone" or not 0.0 <= angle_deg <= 180.0:
         raise InputError(
-            f"there are no tilts {tilt!r}; valid are small (within 20 degrees), sphere, hand_held, whole_degrees, and "
+            f"there are no tilts {tilt!r}; valid are small (within 20 degrees), sphere, mixed, hand_held, whole_degrees, and "
             f"cone:ANGLE with 0 to 180 degrees, such as cone:40"
         )
     return angle_deg

@@ -63,7 +63,8 @@ class PanoramaFolder(LightningDataModule):
         batch_size: items in a batch.
         num_workers: processes that decode and turn; 0 does it in the main process.
         recursive: take the images in the folders within the folder too.
-        tilt: ``small`` (within 20 degrees), ``sphere``, ``hand_held`` (a few degrees), ``whole_degrees`` or ``cone:ANGLE``.
+        tilt: ``small`` (within 20 degrees), ``sphere``, ``mixed`` (half and half), ``hand_held`` (a few degrees),
+            ``whole_degrees`` or ``cone:ANGLE``.
         evaluation_tilt: another one for validation and test; ``tilt`` if left out.
         with_level: batches hold ``level``, too: the photograph that levelling ``image`` by ``up`` should give.
         augment: vary yaw, mirror and colours in training.

@@ -107,7 +107,8 @@ class RenderedRooms(LightningDataModule):
         augment: vary yaw, mirror and colours of the training rooms.
         cache: folder to keep rendered rooms in for the next run; without one they stay in memory.
         num_workers: processes that load batches.
-        tilt: ``small`` (within 20 degrees), ``sphere``, ``hand_held`` (a few degrees), ``whole_degrees`` or ``cone:ANGLE``.
+        tilt: ``small`` (within 20 degrees), ``sphere``, ``mixed`` (half and half), ``hand_held`` (a few degrees),
+            ``whole_degrees`` or ``cone:ANGLE``.
         with_level: batches hold ``level``, too: the image that levelling ``image`` by ``up`` should give, rendered.
         fresh_rooms: render new training rooms in each epoch, in the processes that load batches, instead of one set before
             training. Each item then costs a rendering, or two ``with_level``.
