@@ -23,31 +23,58 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     Raises:
         OSError: as the file system says (no space, no permission); ``path`` then holds what it held before.
     """
-    path = Path(path)
     encoding = None if "b" in mode else "utf-8"
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent)
+    newline = None if "b" in mode else ""
+    with _atomic(Path(path), UNFINISHED) as temporary, temporary.open(mode, encoding=encoding, newline=newline) as file:
+        yield file
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Give the name of a temporary file that becomes ``path`` when the block ends, as with ``atomic_write``.
+
+    It is for writers that open a file by its name, and tell its format by its suffix, which is that of ``path``.
+
+    Args:
+        path: the file to write; its folder must exist.
+
+    Raises:
+        OSError: as ``atomic_write`` does.
+    """
+    with _atomic(Path(path), UNFINISHED + Path(path).suffix) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _atomic(path: Path, ending: str) -> Iterator[Path]:
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=ending, dir=path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
     try:
-        with os.fdopen(descriptor, mode, encoding=encoding, newline=None if "b" in mode else "") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        yield temporary
+        _sync(temporary)
+        temporary.chmod(0o666 & ~_umask())
         failpoint("atomic_write/replace")
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def remove_unfinished(folder: Path) -> None:
     """Remove the temporary files that killed writers left anywhere under ``folder``; nobody may be writing there."""
-    for path in folder.rglob(f".*{UNFINISHED}"):
-        path.unlink(missing_ok=True)
+    for pattern in (f".*{UNFINISHED}", f".*{UNFINISHED}.*"):
+        for path in folder.rglob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _umask() -> int:
