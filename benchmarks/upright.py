@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 from _results import write_results
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -37,7 +36,7 @@ from lightning_plugins._support.images import find_panoramas, read_panorama
 from lightning_plugins.engines.rendering.render import draw_tilt
 from lightning_plugins.engines.sphere import resize_equirectangular, rotate_equirectangular
 from lightning_plugins.models.checkpoint import load_module
-from lightning_plugins.models.panoramic_upright.evaluation import Predictor, errors_deg, rivals, score
+from lightning_plugins.models.panoramic_upright.evaluation import Errors, Predictor, errors_deg, rivals, score
 from lightning_plugins.reporting.upright_report import draw_cumulative
 
 HEIGHT = 128
@@ -105,7 +104,7 @@ def predictors(models: dict[str, PanoramicUpright], tilt: str) -> dict[str, Pred
     return networks | rivals(tilt)
 
 
-def rows_of(kind: str, tilt: str, errors: dict[str, NDArray[np.float64]]) -> list[dict[str, Any]]:
+def rows_of(kind: str, tilt: str, errors: Errors) -> list[dict[str, Any]]:
     """Return and print the rows of a set, with the goals where there are some."""
     rows = score(errors, tilt, CURVE_DEG)
     for row, values in zip(rows, errors.values(), strict=True):

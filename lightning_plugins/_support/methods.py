@@ -109,6 +109,10 @@ METHODS: dict[str, Method] = {
 
 RECIPES: dict[str, Recipe] = {
     "panoramic_depth": Recipe("train a panoramic depth model on rendered rooms and run it on photographs", "panoramic_depth"),
+    "panoramic_upright": Recipe(
+        "train an upright model on rendered rooms, compare it with vertical lines, and level photographs and videos",
+        "panoramic_upright",
+    ),
     "precondition_compare": Recipe("train one small net with AdamW, SGD and every method of Preconditioner", "preconditioner"),
     "ok_topk_compare": Recipe(
         "train a small CNN and a character model on two processes, densely, with Ok-Topk and with PowerSGD", "ok_topk", 2

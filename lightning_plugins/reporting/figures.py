@@ -22,7 +22,13 @@ HOLE = 150
 ERROR_SHARE = 0.2
 
 # What a logged name must contain to be drawn, by panel; the first panel that fits takes it.
-PANELS = {"loss": ("loss",), "error": ("abs_rel", "mae", "rmse", "error"), "share within a factor": ("delta",)}
+PANELS = {
+    "loss": ("loss",),
+    "error": ("abs_rel", "mae", "rmse", "error"),
+    "share within a factor": ("delta",),
+    "error, degrees": ("mean_deg", "median_deg"),
+    "share within an angle": ("within_",),
+}
 SMOOTH_ABOVE = 100
 
 Points = NDArray[np.float64]  # (2, points): steps, values

@@ -15,6 +15,7 @@ from lightning_plugins.models.panoramic_upright.vertical_lines import estimate_u
 
 # From one image (3, H, W) in [0, 1] to its up-vector (3,).
 Predictor = Callable[[Tensor], Tensor]
+Errors = Mapping[str, NDArray[np.float64]]  # degrees, by predictor
 LEVEL = (0.0, 0.0, 1.0)
 # Within how many degrees of the image's vertical lines are taken for vertical, by the tilts of the images: they have no arrow.
 LINES_REACH_DEG = {"small": 25.0, "sphere": 90.0}
@@ -37,7 +38,7 @@ def rivals(tilt: str) -> dict[str, Predictor]:
 
 
 @torch.no_grad()
-def errors_deg(predictors: Mapping[str, Predictor], images: Iterable[tuple[Tensor, Tensor]]) -> dict[str, NDArray[np.float64]]:
+def errors_deg(predictors: Mapping[str, Predictor], images: Iterable[tuple[Tensor, Tensor]]) -> Errors:
     """Return by how many degrees each predictor is wrong on each image.
 
     Args:
@@ -52,7 +53,7 @@ def errors_deg(predictors: Mapping[str, Predictor], images: Iterable[tuple[Tenso
     return {name: np.array(values) for name, values in errors.items()}
 
 
-def score(errors: Mapping[str, NDArray[np.float64]], tilt: str, limits_deg: Iterable[float] = LIMITS_DEG) -> list[dict[str, Any]]:
+def score(errors: Errors, tilt: str, limits_deg: Iterable[float] = LIMITS_DEG) -> list[dict[str, Any]]:
     """Return a row per predictor: ``predictor``, ``tilt``, % of images ``within_1_deg`` and so on, ``mean_deg``, ``images``.
 
     Args:

@@ -1,0 +1,56 @@
+"""The options of the recipe ``panoramic_upright``, and what they refuse before the first minute of training."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning_plugins import PanoramicUpright, RenderedRooms
+from lightning_plugins._support.errors import InputError
+from lightning_plugins._support.run_folder import RunFolder
+from lightning_plugins.recipes.lightning_cli import RecipeCLI
+from lightning_plugins.recipes.targets import shipped_yaml
+
+# A flag on the command line, a knob with a value in the YAML.
+_FLAGS = {"--tags-only": "--tags_only=true"}
+
+
+class CLI(RecipeCLI):
+    """The options: the model's, the data's and the Trainer's, and these."""
+
+    def __init__(self, folder: RunFolder, options: list[str]) -> None:
+        defaults = ["--config", str(shipped_yaml("panoramic_upright"))]
+        options = [_FLAGS.get(option, option) for option in options]
+        super().__init__(folder, [*defaults, *options], model_class=PanoramicUpright, datamodule_class=RenderedRooms)
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        parser.link_arguments("data.height", "model.image_height")
+        parser.add_argument("--image", type=str | None, default=None, help="a photograph, or a folder of them, to level")
+        parser.add_argument("--tags_only", type=bool, default=False, help="keep the pixels, write the pose into a copy's tags")
+        parser.add_argument("--video", type=str | None, default=None, help="a panoramic video to level")
+        parser.add_argument("--ckpt", type=str | None, default=None, help="a trained checkpoint: skips the training")
+        parser.add_argument("--wandb", type=Literal["offline", "online", "disabled"], default="offline", help="the W&B run")
+        parser.add_argument("--wandb_photographs", type=bool, default=False, help="put your photographs into the W&B run, too")
+
+
+def check_options(cli: CLI, options: list[str]) -> None:
+    """Refuse numbers without a training, options that cannot act, and a video that is not there."""
+    knobs, names = cli.config, [option.partition("=")[0] for option in options if option.startswith("--")]
+    of_model = [name for name in names if name.startswith("--model")]
+    if knobs.ckpt and of_model:
+        raise InputError(f"{of_model[0]} cannot act beside --ckpt, which brings a trained model; leave one of the two out")
+    if knobs.tags_only and not knobs.image:
+        raise InputError("tags_only cannot act without photographs, got no image; give --image FILE_OR_FOLDER")
+    if knobs.video and not Path(knobs.video).is_file():
+        raise InputError(f"the video {knobs.video} does not exist; give the path of a 2:1 video")
+    if knobs.data.tilt is None:
+        raise InputError("data.tilt must name tilts to train on, got none; small is within 20 degrees, mixed half anywhere")
+    if knobs.model.reconstruct and not knobs.data.with_level:
+        raise InputError("model.reconstruct learns from level images, and data.with_level is off; give --data.with_level true")
+    if knobs.trainer.max_epochs is not None and knobs.trainer.max_epochs < 1:
+        raise InputError(f"trainer.max_epochs must be 1 or more, got {knobs.trainer.max_epochs}; to train nothing: --ckpt FILE")
+    if knobs.trainer.max_steps < 1 and knobs.trainer.max_steps != -1:
+        raise InputError(f"trainer.max_steps must be 1 or more, got {knobs.trainer.max_steps}; -1 is no limit but the epochs")
+    if knobs.trainer.logger is not None:
+        raise InputError(
+            f"trainer.logger cannot act, got {knobs.trainer.logger}: the recipe writes metrics.csv and a W&B run; "
+            "leave it out, and choose the latter with --wandb offline, online or disabled"
+        )
