@@ -6,21 +6,15 @@ Writes ``results/demo.csv``: the rows of ``evaluation.csv`` with the seconds fro
 """
 
 import csv
-import subprocess
 import sys
-import time
-from pathlib import Path
 
+from _recipes import run_recipe
 from _results import write_results
 
 
 def main(options: list[str]) -> None:
     """Run the recipe; print and write its scores."""
-    command = [sys.executable, "-m", "lightning_plugins.cli", "run", "panoramic_depth", *options]
-    start = time.perf_counter()
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    seconds = round(time.perf_counter() - start, 1)
-    run = Path(done.stdout.strip().splitlines()[-1])
+    seconds, run = run_recipe("panoramic_depth", options)
     with (run / "evaluation.csv").open(newline="") as file:
         rows = [{**row, "whole_run_s": seconds} for row in csv.DictReader(file)]
     with (run / "metrics.csv").open(newline="") as file:

@@ -27,6 +27,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SHORT = {
     "panoramic_depth": "--data.train_rooms 8 --data.val_rooms 2 --data.test_rooms 2 --teacher_epochs 1 --trainer.max_epochs 1 "
     "--wandb disabled",
+    "panoramic_upright": "--data.train_rooms 8 --data.val_rooms 2 --data.test_rooms 2 --data.height 32 --model.widths '[8, 12]' "
+    "--trainer.max_epochs 1 --wandb disabled",
     "precondition_compare": "--methods '[adamw, kfac]' --steps 6 --trials 1 --wandb disabled",
     "ok_topk_compare": "--tasks '[character_transformer]' --steps 4 --wandb disabled",
 }
@@ -146,16 +148,17 @@ def test_the_readme_states_the_versions_that_are_tested():
             assert row.split("|")[column].split(",")[0].strip() == pins[package], f"{file} pins another {package}"
 
 
-def test_the_card_shows_every_option_with_its_default():
-    module = ROOT / "lightning_plugins" / "models" / "panoramic_depth" / "module.py"
+@pytest.mark.parametrize(("card", "name"), [("panoramic_depth", "PanoramicDepth"), ("panoramic_upright", "PanoramicUpright")])
+def test_the_card_shows_every_option_with_its_default(card, name):
+    module = ROOT / "lightning_plugins" / "models" / card / "module.py"
     tree = ast.parse(module.read_text(encoding="utf-8"))
     constants = {part.targets[0].id: part.value for part in tree.body if isinstance(part, ast.Assign)}
-    model = next(part for part in tree.body if isinstance(part, ast.ClassDef) and part.name == "PanoramicDepth")
+    model = next(part for part in tree.body if isinstance(part, ast.ClassDef) and part.name == name)
     arguments = next(part for part in model.body if isinstance(part, ast.FunctionDef) and part.name == "__init__").args
     values = [ast.literal_eval(constants[node.id] if isinstance(node, ast.Name) else node) for node in arguments.defaults]
     options = dict(zip((argument.arg for argument in arguments.args[1:]), values, strict=True))
     shown = {}
-    for line in (ROOT / "docs" / "methods" / "panoramic_depth.md").read_text(encoding="utf-8").splitlines():
+    for line in (ROOT / "docs" / "methods" / f"{card}.md").read_text(encoding="utf-8").splitlines():
         if line.startswith("| `"):
             names, default = line.split("|")[1:3]
             names = re.findall(r"`(\w+)`", names)

@@ -68,7 +68,9 @@ def level_the_video(model: PanoramicUpright, path: str, run: RunFolder) -> list[
         return found.up.cpu(), found.expected_error_deg
 
     limit_deg = model.hparams["max_expected_error_deg"]
-    done = level_video(path, folder / Path(path).name, estimate, max_error_deg=limit_deg)
+    source = Path(path)
+    destination = folder / f"{source.stem}{'.avi' if source.suffix.lower() == '.avi' else '.mp4'}"
+    done = level_video(source, destination, estimate, max_error_deg=limit_deg)
     counts = {
         "could not be decoded": done.frames_broken,
         "repeat the one before, in place of those": done.frames_repeated,

@@ -6,6 +6,8 @@ from typing import Any, Literal
 from lightning_plugins import PanoramicUpright, RenderedRooms
 from lightning_plugins._support.errors import InputError
 from lightning_plugins._support.run_folder import RunFolder
+from lightning_plugins._support.video_container import read_video_parts
+from lightning_plugins.models.panoramic_upright.video_frames import FrameReader
 from lightning_plugins.recipes.lightning_cli import RecipeCLI
 from lightning_plugins.recipes.targets import shipped_yaml
 
@@ -39,8 +41,10 @@ def check_options(cli: CLI, options: list[str]) -> None:
         raise InputError(f"{of_model[0]} cannot act beside --ckpt, which brings a trained model; leave one of the two out")
     if knobs.tags_only and not knobs.image:
         raise InputError("tags_only cannot act without photographs, got no image; give --image FILE_OR_FOLDER")
-    if knobs.video and not Path(knobs.video).is_file():
-        raise InputError(f"the video {knobs.video} does not exist; give the path of a 2:1 video")
+    if knobs.video:
+        if not (video := Path(knobs.video)).is_file():
+            raise InputError(f"the video {video} does not exist; give the path of a 2:1 video")
+        FrameReader(video, read_video_parts(video))  # refuses what cannot be opened, or is not 2:1
     if knobs.data.tilt is None:
         raise InputError("data.tilt must name tilts to train on, got none; small is within 20 degrees, mixed half anywhere")
     if knobs.model.reconstruct and not knobs.data.with_level:

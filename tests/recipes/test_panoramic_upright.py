@@ -167,6 +167,7 @@ def test_bad_input_is_one_sentence_before_anything_is_trained(finished, ranks, t
         (["--image", str(tmp_path / "none.jpg")], "none.jpg"),
         (["--image", str(tmp_path / "square.png")], "64 x 64"),
         (["--video", str(tmp_path / "none.mp4")], "none.mp4 does not exist"),
+        (["--video", str(tmp_path / "torn.mp4")], "torn.mp4"),
         (["--tags-only"], "tags_only cannot act without photographs"),
         (["--ckpt", str(tmp_path / "none.ckpt")], "does not exist"),
         (["--ckpt", str(finished / "upright.ckpt"), "--model.blocks", "3"], "--model.blocks cannot act beside --ckpt"),
