@@ -4,8 +4,9 @@
 
 An image of 256 x 512 is halved to the network's input, its up-vector estimated, the table made, and the image read through it,
 bilinearly; no decoding, no batch. Untrained weights: speed does not depend on them. Both tables alternate within each round,
-and what is printed is the median over the rounds. The tables are measured alone too, as is a whole video, from a
-file to a file, with its two decodings and bicubic rotation. On a GPU, where there is one, 512 x 1024 and 2048 x 4096 as well.
+and what is printed is the median over the rounds. The tables are measured alone too, as is a whole video, from a file to a
+file, with its two decodings and bicubic rotation. One thread is steadier: on a machine whose cores are busy already, two wait
+for each other. On a GPU, where there is one, 512 x 1024 and 2048 x 4096 as well.
 
 Writes: benchmarks/results/upright_speed.csv.
 """
