@@ -7,23 +7,13 @@ import pytest
 
 from lightning_plugins._support.errors import InputError
 from lightning_plugins._support.video_container import VideoParts, read_video_parts
+from tests.support.video_boxes import box, track
 
 SPHERICAL_V1 = bytes.fromhex("ffcc8263f8554a938814587a02521fdd")
 
 
-def box(kind, content=b""):
-    return struct.pack(">I4s", 8 + len(content), kind) + content
-
-
 def large_box(kind, content=b""):
     return struct.pack(">I4sQ", 1, kind, 16 + len(content)) + content
-
-
-def track(kind, description=b"", extra=b""):
-    handler = box(b"hdlr", bytes(8) + kind + bytes(13))
-    table = box(b"stbl", box(b"stsd", bytes(4) + struct.pack(">I", bool(description)) + description))
-    # The data handler that MOV files have in minf is no track of its own.
-    return box(b"trak", box(b"mdia", handler + box(b"minf", box(b"hdlr", bytes(8) + b"alis" + bytes(13)) + table)) + extra)
 
 
 def picture(extra=b""):

@@ -16,7 +16,7 @@ from lightning_plugins._support.errors import InputError
 from lightning_plugins.engines.rendering import TRAINING_ROOMS, render_room
 from lightning_plugins.models.panoramic_upright.vertical_lines import estimate_up_from_lines
 from lightning_plugins.models.panoramic_upright.video import level_video
-from tests.support.test_video_container import box, track
+from tests.support.video_boxes import box, track
 
 cv2 = pytest.importorskip("cv2")
 HEIGHT, RATE_HZ = 64, 15.0
