@@ -77,3 +77,11 @@ def only_run(folder, name):
     """Return the path of the one run of ``name`` under ``folder/runs``."""
     (path,) = (folder / "runs" / name).iterdir()
     return path
+
+
+def wait_for(condition, seconds=100):
+    """Wait until a run has come so far."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the run never came so far"
+        time.sleep(0.01)

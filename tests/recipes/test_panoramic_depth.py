@@ -2,7 +2,6 @@
 
 import csv
 import shutil
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 
 from tests.ranks.client import kill_times
+from tests.recipes.programs import wait_for
 from tests.recipes.small_recipe import DATA, EPOCHS, LOSSES, SMALL, lightning, losses, metrics, run_of, same_student, scores
 
 pytestmark = pytest.mark.adapter
@@ -97,13 +97,6 @@ def test_killed_in_both_phases_and_resumed_it_has_the_same_losses(finished, rank
 def begun(run, phase):
     """Return when a phase of a finished run had its folder of logs: as old as the first file in it."""
     return min(path.stat().st_mtime for path in (run / "logs" / f"{phase}-0").iterdir())
-
-
-def wait_for(condition, seconds=100):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the run never came so far"
-        time.sleep(0.01)
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over_for_the_one_before(finished, ranks, tmp_path):
