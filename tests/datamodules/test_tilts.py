@@ -31,6 +31,7 @@ def cap_share(limit_deg):
     [
         ("small", cap_share(20), 20),
         ("sphere", cap_share(180), 180),
+        ("mixed", lambda angles_deg: (np.minimum(cap_share(20)(angles_deg), 1) + cap_share(180)(angles_deg)) / 2, 180),
         ("cone:40", cap_share(40), 40),
         ("hand_held", rayleigh_cut_at_20, 20),
         ("whole_degrees", lambda angles_deg: (angles_deg + 0.5) / 180, 179),
