@@ -15,17 +15,14 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from lightning_plugins import PanoramaReport, PanoramicDepth, RenderedRooms
-from lightning_plugins._lightning import ModelCheckpoint, seed_everything
 from lightning_plugins._support.images import check_panorama, find_panoramas, name_apart, read_panorama
 from lightning_plugins._support.run_folder import RunFolder
 from lightning_plugins.engines.sphere import pixel_directions
 from lightning_plugins.models.checkpoint import load_module
 from lightning_plugins.models.panoramic_depth.baselines import trivial_predictors
 from lightning_plugins.models.panoramic_depth.evaluation import Predictor, score
-from lightning_plugins.models.panoramic_depth.module import ModuleWithDepth
-from lightning_plugins.recipes.checkpoints import last_checkpoint
 from lightning_plugins.recipes.panoramic_depth_options import CLI, check_options
-from lightning_plugins.recipes.refusals import fit_refusals
+from lightning_plugins.recipes.phases import fit_phase
 from lightning_plugins.recipes.run_loggers import RunLoggers
 from lightning_plugins.recipes.turns import waiting_for_first
 from lightning_plugins.reporting.figures import curves
@@ -51,12 +48,13 @@ def main(options: list[str], run: RunFolder, resume: bool) -> None:
 
     if trained is None:
         if cli.makes_teacher and cli.model.teacher_path and "teacher" not in finished:
-            fit(cli, run, "teacher", cli.config_init.teacher, knobs.teacher_epochs, loggers, callbacks=[])
+            teacher = cli.config_init.teacher
+            fit_phase(cli, run, "teacher", teacher, teacher.method, cli.datamodule, knobs.teacher_epochs, loggers, callbacks=[])
         if "student" not in finished:
             epochs = knobs.trainer.max_epochs
             # Once, after the last epoch.
             pictures = PanoramaReport(samples=SHOWN_ROOMS, every_n_epochs=epochs or 1)
-            fit(cli, run, "student", cli.model, epochs, loggers, callbacks=[pictures])
+            fit_phase(cli, run, "student", cli.model, cli.model.method, cli.datamodule, epochs, loggers, callbacks=[pictures])
         trained = load_module(PanoramicDepth, run.path / "student.ckpt")
 
     with waiting_for_first(cli.trainer.is_global_zero) as is_first:
@@ -69,31 +67,6 @@ def main(options: list[str], run: RunFolder, resume: bool) -> None:
             previews = {name: predict(trained, name, image, run) for name, image in shown}
             report(run, scores, loggers.merge(["teacher", "student"]), previews)
             loggers.show(scores, previews if knobs.wandb_photographs or not photographs else {})
-
-
-def fit(
-    cli: CLI, run: RunFolder, phase: str, module: ModuleWithDepth, epochs: int, loggers: RunLoggers, callbacks: list[Any]
-) -> None:
-    """Train one phase, from its last finished epoch if there is one, and write ``<phase>.ckpt``."""
-    folder = run.path / "checkpoints" / phase
-    # The two newest, so that one is left if a failing disk has damaged the other.
-    keep = ModelCheckpoint(
-        folder,
-        filename="{epoch}",
-        monitor="step",
-        mode="max",
-        save_top_k=2,
-        enable_version_counter=False,
-        save_on_train_epoch_end=True,
-    )
-    trainer = cli.another_trainer([*callbacks, keep], module.method, max_epochs=epochs, logger=loggers.of_phase(phase))
-    seed_everything(cli.config.seed_everything, workers=True, verbose=False)
-    with fit_refusals(trainer):
-        trainer.fit(module, cli.datamodule, ckpt_path=last_checkpoint(folder))
-    if trainer.is_global_zero:
-        module.deploy(run.path / f"{phase}.ckpt")
-        run.finish(phase)
-    trainer.strategy.barrier()
 
 
 def evaluate(student: PanoramicDepth, rooms: RenderedRooms, run: RunFolder, preset: str) -> list[dict[str, Any]]:

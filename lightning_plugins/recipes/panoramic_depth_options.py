@@ -7,6 +7,7 @@ from lightning_plugins._support.errors import InputError
 from lightning_plugins._support.run_folder import RunFolder
 from lightning_plugins.models.checkpoint import load_module
 from lightning_plugins.recipes.lightning_cli import RecipeCLI
+from lightning_plugins.recipes.phases import check_trainer
 from lightning_plugins.recipes.targets import shipped_yaml
 
 
@@ -53,12 +54,4 @@ def check_options(cli: CLI, options: list[str]) -> None:
         raise InputError(
             f"teacher_epochs must be 1 or more, got {knobs.teacher_epochs}; to do without: --model.distillation_weight 0"
         )
-    if knobs.trainer.max_epochs is not None and knobs.trainer.max_epochs < 1:
-        raise InputError(f"trainer.max_epochs must be 1 or more, got {knobs.trainer.max_epochs}; to train nothing: --ckpt FILE")
-    if knobs.trainer.max_steps < 1 and knobs.trainer.max_steps != -1:
-        raise InputError(f"trainer.max_steps must be 1 or more, got {knobs.trainer.max_steps}; -1 is no limit but the epochs")
-    if knobs.trainer.logger is not None:
-        raise InputError(
-            f"trainer.logger cannot act, got {knobs.trainer.logger}: the recipe writes metrics.csv and one W&B run over both "
-            "phases; leave it out, and choose the latter with --wandb offline, online or disabled"
-        )
+    check_trainer(knobs.trainer)

@@ -14,15 +14,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_plugins import PanoramicUpright, RenderedRooms
-from lightning_plugins._lightning import ModelCheckpoint, seed_everything
 from lightning_plugins._support.images import check_panorama, find_panoramas, name_apart, read_panorama
 from lightning_plugins._support.run_folder import RunFolder
 from lightning_plugins.models.checkpoint import load_module
 from lightning_plugins.models.panoramic_upright.evaluation import Errors, errors_deg, rivals, score
-from lightning_plugins.recipes.checkpoints import last_checkpoint
 from lightning_plugins.recipes.panoramic_upright_files import level_photograph, level_room, level_the_video
 from lightning_plugins.recipes.panoramic_upright_options import CLI, check_options
-from lightning_plugins.recipes.refusals import fit_refusals
+from lightning_plugins.recipes.phases import fit_phase
 from lightning_plugins.recipes.run_loggers import RunLoggers
 from lightning_plugins.recipes.turns import waiting_for_first
 from lightning_plugins.reporting.figures import curves
@@ -49,7 +47,8 @@ def main(options: list[str], run: RunFolder, resume: bool) -> None:
 
     if trained is None:
         if "upright" not in run.read()["finished"]:
-            fit(cli, run, loggers)
+            epochs = knobs.trainer.max_epochs
+            fit_phase(cli, run, "upright", cli.model, "panoramic_upright", cli.datamodule, epochs, loggers, callbacks=[])
         trained = load_module(PanoramicUpright, run.path / "upright.ckpt")
 
     with waiting_for_first(cli.trainer.is_global_zero) as is_first:
@@ -61,31 +60,6 @@ def main(options: list[str], run: RunFolder, resume: bool) -> None:
             report(run, scores, pictures, loggers.merge(["upright"]), levelled, previews, video)
             shown = previews if knobs.wandb_photographs or not photographs else {}
             loggers.show(scores, pictures | shown, "upright")
-
-
-def fit(cli: CLI, run: RunFolder, loggers: RunLoggers) -> None:
-    """Train, from the last finished epoch if there is one, and write ``upright.ckpt``."""
-    folder = run.path / "checkpoints" / "upright"
-    # The two newest, so that one is left if a failing disk has damaged the other.
-    keep = ModelCheckpoint(
-        folder,
-        filename="{epoch}",
-        monitor="step",
-        mode="max",
-        save_top_k=2,
-        enable_version_counter=False,
-        save_on_train_epoch_end=True,
-    )
-    trainer = cli.another_trainer(
-        [keep], "panoramic_upright", max_epochs=cli.config.trainer.max_epochs, logger=loggers.of_phase("upright")
-    )
-    seed_everything(cli.config.seed_everything, workers=True, verbose=False)
-    with fit_refusals(trainer):
-        trainer.fit(cli.model, cli.datamodule, ckpt_path=last_checkpoint(folder))
-    if trainer.is_global_zero:
-        cli.model.deploy(run.path / "upright.ckpt")
-        run.finish("upright")
-    trainer.strategy.barrier()
 
 
 def evaluate(model: PanoramicUpright, rooms: RenderedRooms, run: RunFolder) -> tuple[list[dict[str, Any]], dict[str, bytes]]:

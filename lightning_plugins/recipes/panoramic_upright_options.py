@@ -9,6 +9,7 @@ from lightning_plugins._support.run_folder import RunFolder
 from lightning_plugins._support.video_container import read_video_parts
 from lightning_plugins.models.panoramic_upright.video_frames import FrameReader
 from lightning_plugins.recipes.lightning_cli import RecipeCLI
+from lightning_plugins.recipes.phases import check_trainer
 from lightning_plugins.recipes.targets import shipped_yaml
 
 # A flag on the command line, a knob with a value in the YAML.
@@ -49,12 +50,4 @@ def check_options(cli: CLI, options: list[str]) -> None:
         raise InputError("data.tilt must name tilts to train on, got none; small is within 20 degrees, mixed half anywhere")
     if knobs.model.reconstruct and not knobs.data.with_level:
         raise InputError("model.reconstruct learns from level images, and data.with_level is off; give --data.with_level true")
-    if knobs.trainer.max_epochs is not None and knobs.trainer.max_epochs < 1:
-        raise InputError(f"trainer.max_epochs must be 1 or more, got {knobs.trainer.max_epochs}; to train nothing: --ckpt FILE")
-    if knobs.trainer.max_steps < 1 and knobs.trainer.max_steps != -1:
-        raise InputError(f"trainer.max_steps must be 1 or more, got {knobs.trainer.max_steps}; -1 is no limit but the epochs")
-    if knobs.trainer.logger is not None:
-        raise InputError(
-            f"trainer.logger cannot act, got {knobs.trainer.logger}: the recipe writes metrics.csv and a W&B run; "
-            "leave it out, and choose the latter with --wandb offline, online or disabled"
-        )
+    check_trainer(knobs.trainer)
