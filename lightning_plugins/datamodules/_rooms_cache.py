@@ -6,15 +6,17 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from lightning_plugins._support.atomic import atomic_write
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.datamodules import _tilts
 from lightning_plugins.datamodules._tilts import draw_camera_to_level
-from lightning_plugins.engines import rendering
+from lightning_plugins.engines import rendering, sphere
 from lightning_plugins.engines.rendering import RoomDistribution, render_room
 from lightning_plugins.engines.rendering.render import TILT_STREAM, stream
+from lightning_plugins.engines.sphere import resize_equirectangular, rotate_equirectangular, rotation_from_up
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class RoomKind:
         height: rows of the images, half of their columns.
         distribution: what rooms there are.
         tilt: how their cameras are tilted, by the names of ``_tilts``; None leaves them level.
-        with_level: render what the level camera sees, too.
+        with_level: give what the level camera sees, too, and turn the image out of it.
     """
 
     height: int
@@ -68,11 +70,23 @@ class RoomKind:
             return Rooms(room.image, room.depth_m, room.mask)
         camera_to_level = draw_camera_to_level(self.tilt, stream(seed, TILT_STREAM))
         room = render_room(seed, *size, self.distribution, camera_to_level)
-        level = None
-        if self.with_level:
-            # The same exposure: metered anew the level image would be a little brighter or darker.
-            level = render_room(seed, *size, self.distribution, np.eye(3), room.gain).image
-        return Rooms(room.image, room.depth_m, room.mask, room.up.astype(np.float32), level)
+        up = room.up.astype(np.float32)
+        image, level = self._pair(seed, up) if self.with_level else (room.image, None)
+        return Rooms(image, room.depth_m, room.mask, up, level)
+
+    def _pair(self, seed: int, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the room's image in the tilted camera and in the level one.
+
+        Of one photograph, for two have noise of their own, by which they differ more than by all that levelling blurs. It has
+        twice the height, and both are reduced, so that turning it hardly blurs: the tilted image is as sharp as a camera's.
+        """
+        double = 2 * self.height
+        photograph = render_room(seed, double, 2 * double, self.distribution, np.eye(3)).image
+        level = torch.from_numpy(photograph).permute(2, 0, 1)[None].float()
+        tilted = rotate_equirectangular(level, rotation_from_up(torch.from_numpy(up)).mT, "bicubic").clamp(0, 255)
+        pair = resize_equirectangular(torch.cat([tilted, level]), self.height, 2 * self.height).round().byte()
+        image, reduced = pair.permute(0, 2, 3, 1).contiguous().numpy()
+        return image, reduced
 
 
 def render_rooms(first_seed: int, count: int, kind: RoomKind, label: str) -> Rooms:
@@ -109,8 +123,9 @@ def load_or_render(first_seed: int, count: int, kind: RoomKind, cache: Path | No
 
 
 def _fingerprint(*options: object) -> str:
-    """Return a hash of the options and of the source that renders: a changed renderer never meets its old rooms."""
+    """Return a hash of the options and of the source that renders and turns: when it changes, it never meets its old rooms."""
     digest = hashlib.sha256(repr(options).encode())
-    for source in [*sorted(Path(rendering.__file__).parent.glob("*.py")), Path(_tilts.__file__)]:
+    engines = [source for engine in (rendering, sphere) for source in sorted(Path(str(engine.__file__)).parent.glob("*.py"))]
+    for source in [*engines, Path(_tilts.__file__), Path(__file__)]:
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]

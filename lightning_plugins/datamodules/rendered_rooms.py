@@ -96,6 +96,8 @@ class RenderedRooms(LightningDataModule):
 
     With ``tilt`` the cameras are tilted, each room's by its seed, and batches hold ``up``, the true vertical in the image's frame
     (unit vectors, x forward, y left, z up). The images are rendered tilted, so that no interpolation gives the tilt away.
+    ``with_level`` they cannot be: image and level twin are one photograph, rendered level at twice the height, turned there
+    (bicubic) for the image, and reduced. So they share their noise, and the image is as sharp as a camera's.
 
     Args:
         train_rooms: number of rooms to train on, in each epoch.
@@ -109,9 +111,10 @@ class RenderedRooms(LightningDataModule):
         num_workers: processes that load batches.
         tilt: ``small`` (within 20 degrees), ``sphere``, ``mixed`` (half and half), ``hand_held`` (a few degrees),
             ``whole_degrees`` or ``cone:ANGLE``.
-        with_level: batches hold ``level``, too: the image that levelling ``image`` by ``up`` should give, rendered.
+        with_level: batches hold ``level``, too: the image that levelling ``image`` by ``up`` should give, with the same sensor
+            noise. A room then costs a second rendering, of four times the pixels, which is turned and reduced.
         fresh_rooms: render new training rooms in each epoch, in the processes that load batches, instead of one set before
-            training. Each item then costs a rendering, or two ``with_level``.
+            training. Each item then costs a rendering, or what ``with_level`` says.
 
     Raises:
         InputError: for a number that is out of range, an unknown tilt, or ``with_level`` without a tilt.

@@ -82,18 +82,15 @@ def tone_curve(photography: Photography) -> npt.NDArray[np.uint8]:
     return np.asarray(np.clip(srgb * 255.0 + 0.5, 0, 255)).astype(np.uint8)
 
 
-def metered_gain(light: Float32, photography: Photography) -> float:
-    """Return what brings the middle of the light ``(3, H, W)`` over the image to the photograph's key."""
-    step = max(1, light.shape[1] // 32)
+def expose(light: Float32, photography: Photography) -> Float32:
+    """Scale light, in place, so that its middle over the sphere is the photograph's key, then balance and veil it."""
+    height = light.shape[1]
+    step = max(1, height // 32)
     sample = np.tensordot(LUMA.astype(np.float64), light[:, step // 2 :: step, step // 2 :: step].astype(np.float64), axes=1)
     sample = np.sort(sample[4:-4].ravel())
     # Between the median and the brighter part, as meters do, so that a dark room stays darker than a white one.
     middle = float(0.5 * sample[sample.size // 2] + 0.25 * sample[int(0.9 * sample.size)] + 0.05)
-    return photography.key / middle
-
-
-def expose(light: Float32, photography: Photography, gain: float) -> Float32:
-    """Scale light, in place, by a gain such as ``metered_gain``'s, balance its colours and veil it."""
+    gain = photography.key / middle
     veil = photography.flare * photography.key
     for channel in range(3):
         light[channel] *= gain * photography.balance[channel]

@@ -6,14 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_plugins._support.errors import InputError
-from lightning_plugins.engines.rendering.camera import (
-    cover_tripod,
-    develop,
-    draw_photography,
-    expose,
-    metered_gain,
-    smooth_outlines,
-)
+from lightning_plugins.engines.rendering.camera import cover_tripod, develop, draw_photography, expose, smooth_outlines
 from lightning_plugins.engines.rendering.distribution import TRAINING_ROOMS, RoomDistribution
 from lightning_plugins.engines.rendering.noise import noise
 from lightning_plugins.engines.rendering.raycast import cast, pixel_directions, rotated, turn
@@ -37,7 +30,6 @@ class RenderedRoom:
         camera_to_level: ``(3, 3)`` float64 rotation from the camera's frame to the levelled one; identity without tilt.
         seed: what it was drawn from.
         shape: one of ``SHAPES``.
-        gain: what the meter multiplied the light by.
     """
 
     image: npt.NDArray[np.uint8]
@@ -46,7 +38,6 @@ class RenderedRoom:
     camera_to_level: npt.NDArray[np.float64]
     seed: int
     shape: str
-    gain: float
 
     @property
     def up(self) -> npt.NDArray[np.float64]:
@@ -93,7 +84,6 @@ def render_room(
     width: int,
     distribution: RoomDistribution = TRAINING_ROOMS,
     camera_to_level: npt.NDArray[np.float64] | None = None,
-    gain: float | None = None,
 ) -> RenderedRoom:
     """Render the room of a seed.
 
@@ -103,7 +93,6 @@ def render_room(
         width: columns, twice ``height``.
         distribution: what rooms there are.
         camera_to_level: ``(3, 3)`` rotation, how the camera is tilted; drawn from the distribution if left out.
-        gain: of another view of the same room, whose exposure this one shall have; metered if left out.
 
     Raises:
         InputError: if the seed is negative or the size is not 2:1.
@@ -132,8 +121,7 @@ def render_room(
     light = albedo * irradiance(scene, surface, points, normals, to_camera)
     add_highlights(scene, light, gloss, points, normals, rays)
     light += albedo * emission
-    gain = metered_gain(light, photography) if gain is None else gain
-    expose(light, photography, gain)
+    expose(light, photography)
     smooth_outlines(light, surface.astype(np.int32) * 4096 + material, photography.softness)
     covered = cover_tripod(light, -rays[2], rays[:2], photography)
     image = develop(light, photography, stream(seed, SENSOR_STREAM))
@@ -146,4 +134,4 @@ def render_room(
     if photography.dropout:
         patches = noise("cloud", points[0] + points[2], points[1] - points[2], depth * 0.01, 0.02)
         mask &= (patches < 1.3) | (image.max(axis=2) > 60)
-    return RenderedRoom(image, depth, mask, camera_to_level, seed, scene.shape, gain)
+    return RenderedRoom(image, depth, mask, camera_to_level, seed, scene.shape)

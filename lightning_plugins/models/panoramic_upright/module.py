@@ -47,6 +47,7 @@ class PanoramicUpright(LightningModule):
     ``image_height`` or a multiple of it. Without ``level`` only the orientation is trained. The reconstruction is trained with
     the true angle: what a wrong angle costs is no blur, and it could only learn to smear. One of the two images should be made
     from the other by rotation: between two photographs the noise differs by more than reading between pixels blurs.
+    ``RenderedRooms(with_level=True)`` gives such pairs.
 
     With ``reconstruct=False`` optimization is automatic: ``Trainer(gradient_clip_val=..., accumulate_grad_batches=...)`` works as
     ever. With ``reconstruct=True`` it is manual, since there is a second optimizer where the discriminator is

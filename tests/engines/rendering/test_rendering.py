@@ -202,12 +202,10 @@ def test_halls_are_halls():
     assert max(scene.planes[2].offset_m, scene.planes[4].offset_m) >= 12.0
 
 
-def test_a_second_view_of_a_room_is_tilted_and_exposed_as_told():
+def test_a_second_view_of_a_room_is_tilted_as_told():
     first = render_room(3, 32, 64, tilted())
     again = render_room(3, 32, 64, HELD_OUT_ROOMS, first.camera_to_level)
     assert digest(again) == digest(first)
-    level, darker = (render_room(3, 32, 64, HELD_OUT_ROOMS, np.eye(3), share * first.gain) for share in (1.0, 0.5))
+    level = render_room(3, 32, 64, tilted(), np.eye(3))
     np.testing.assert_array_equal(level.up, [0.0, 0.0, 1.0])
-    np.testing.assert_array_equal(level.depth_m, render_room(3, 32, 64, HELD_OUT_ROOMS).depth_m)
-    assert level.gain == first.gain
-    assert darker.image.mean() < 0.9 * level.image.mean()
+    assert digest(level) == digest(render_room(3, 32, 64, HELD_OUT_ROOMS))
