@@ -113,6 +113,10 @@ RECIPES: dict[str, Recipe] = {
         "train an upright model on rendered rooms, compare it with vertical lines, and level photographs and videos",
         "panoramic_upright",
     ),
+    "level_then_depth": Recipe(
+        "train an upright and a depth model, measure what levelling recovers of depth, run both on tilted photographs",
+        "panoramic_upright",
+    ),
     "precondition_compare": Recipe("train one small net with AdamW, SGD and every method of Preconditioner", "preconditioner"),
     "ok_topk_compare": Recipe(
         "train a small CNN and a character model on two processes, densely, with Ok-Topk and with PowerSGD", "ok_topk", 2
