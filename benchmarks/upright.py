@@ -10,8 +10,8 @@ Judged on held-out rooms at 256 x 512, and on the level photographs of FOLDER, t
 interpolation leaves no blur that the rooms have not: under 100 ``small`` tilts each, within 20 degrees, where both models are
 judged, and 25 of the whole ``sphere``. Also how often a small tilt would be left alone, since the estimate is below its own expected error.
 
-Writes: benchmarks/results/upright.csv, the whole cumulative curve of each; docs/pictures/upright.png; the models' checkpoints to
-runs/upright/. --tiny tries it out and writes nothing.
+Writes: benchmarks/results/upright.csv, the whole cumulative curve of each; docs/pictures/upright.png; the models' checkpoints
+to runs/upright/. --tiny tries it out and writes neither of the first two.
 """
 
 import argparse
