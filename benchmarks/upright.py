@@ -8,7 +8,8 @@ processor's time, rendering included. ``--small`` and ``--mixed`` give trained m
 
 Judged on held-out rooms at 256 x 512, and on the level photographs of FOLDER, turned at 512 x 1024 and halved, so that
 interpolation leaves no blur that the rooms have not: under 100 ``small`` tilts each, within 20 degrees, where both models are
-judged, and 25 of the whole ``sphere``. Also how often a small tilt would be left alone, since the estimate is below its own expected error.
+judged, and 25 of the whole ``sphere``. Also how often a small tilt would be left alone, since the estimate is below its own
+expected error.
 
 Writes: benchmarks/results/upright.csv, the whole cumulative curve of each; docs/pictures/upright.png; the models' checkpoints
 to runs/upright/. --tiny tries it out and writes neither of the first two.
