@@ -30,7 +30,8 @@ SHORT = {
     "panoramic_upright": "--data.train_rooms 8 --data.val_rooms 2 --data.test_rooms 2 --data.height 32 --model.widths '[8, 12]' "
     "--trainer.max_epochs 1 --wandb disabled",
     "level_then_depth": "--upright_data.train_rooms 8 --upright_data.val_rooms 2 --upright_data.height 32 "
-    "--upright.widths '[8, 12]' --upright_epochs 1 --data.train_rooms 8 --data.val_rooms 2 --data.test_rooms 2 --trainer.max_epochs 1 --wandb disabled",
+    "--upright.widths '[8, 12]' --upright_epochs 1 --data.train_rooms 8 --data.val_rooms 2 --data.test_rooms 2 "
+    "--trainer.max_epochs 1 --wandb disabled",
     "precondition_compare": "--methods '[adamw, kfac]' --steps 6 --trials 1 --wandb disabled",
     "ok_topk_compare": "--tasks '[character_transformer]' --steps 4 --wandb disabled",
 }

@@ -144,6 +144,19 @@ def changed_xmp(metadata: PanoramaMetadata, changes: Mapping[str, str | None], w
     return new_packet(sphere)
 
 
+def check_retagging(path: str | Path, metadata: PanoramaMetadata) -> None:
+    """Make sure that a file's tags can be changed around its pixels.
+
+    Raises:
+        InputError: if the format is none of ``RETAGGED_FORMATS``.
+    """
+    if metadata.format not in RETAGGED_FORMATS:
+        raise InputError(
+            f"the tags of {path}, a {metadata.format}, cannot be changed without encoding its pixels anew; valid are "
+            f"{' and '.join(RETAGGED_FORMATS)} files: level the pixels instead, or convert the file first"
+        )
+
+
 def retag_panorama(path: str | Path, metadata: PanoramaMetadata, changes: Mapping[str, str | None]) -> bytes:
     """Return a copy of a JPEG or PNG in which nothing but the XMP differs; the encoded pixels are the same bytes.
 
@@ -153,13 +166,9 @@ def retag_panorama(path: str | Path, metadata: PanoramaMetadata, changes: Mappin
         changes: to the XMP, as ``xmp.rewrite`` takes them.
 
     Raises:
-        InputError: if the format is another.
+        InputError: as ``check_retagging``.
     """
-    if metadata.format not in RETAGGED_FORMATS:
-        raise InputError(
-            f"the tags of {path}, a {metadata.format}, cannot be changed without encoding its pixels anew; valid are "
-            f"{' and '.join(RETAGGED_FORMATS)} files: level the pixels instead, or convert the file first"
-        )
+    check_retagging(path, metadata)
     with opened_panorama(path) as image:
         packet = changed_xmp(metadata, changes, image.width, image.height)
         metadata.keep("all that is not XMP")

@@ -14,10 +14,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_plugins import PanoramicUpright, RenderedRooms
-from lightning_plugins._support.images import check_panorama, find_panoramas, name_apart, read_panorama
+from lightning_plugins._support.images import find_panoramas, name_apart, read_panorama
 from lightning_plugins._support.run_folder import RunFolder
 from lightning_plugins.models.checkpoint import load_module
 from lightning_plugins.models.panoramic_upright.evaluation import Errors, errors_deg, rivals, score
+from lightning_plugins.models.panoramic_upright.levelled_file import check_levelling
 from lightning_plugins.recipes.panoramic_upright_files import level_photograph, level_room, level_the_video
 from lightning_plugins.recipes.panoramic_upright_options import CLI, check_options
 from lightning_plugins.recipes.phases import fit_phase
@@ -40,7 +41,7 @@ def main(options: list[str], run: RunFolder, resume: bool) -> None:
     # What a user can have got wrong is looked at before the first minute of training.
     photographs = name_apart(find_panoramas(knobs.image)) if knobs.image else {}
     for path in photographs.values():
-        check_panorama(path)
+        check_levelling(path, knobs.tags_only)
     trained = load_module(PanoramicUpright, knobs.ckpt) if knobs.ckpt else None
     check_options(cli, options)
     loggers = RunLoggers(run, knobs.wandb)
@@ -67,19 +68,19 @@ def evaluate(model: PanoramicUpright, rooms: RenderedRooms, run: RunFolder) -> t
     scores: list[dict[str, Any]] = []
     errors: dict[str, Errors] = {}
     for tilt, title in TILTS.items():
-        images = tqdm(held_out(rooms, tilt), f"Scoring, {title}", rooms.counts["test"], unit="room", leave=False)
+        images = tqdm(
+            held_out(rooms, tilt, rooms.counts["test"]), f"Scoring, {title}", rooms.counts["test"], unit="room", leave=False
+        )
         errors[title] = errors_deg({"network": lambda image: model.predict_up(image).up, **rivals(tilt)}, images)
         scores += score(errors[title], tilt)
     write_table(run.path / "evaluation.csv", scores)
     return scores, {"cumulative curve": draw_cumulative(errors), "errors": draw_errors(errors)}
 
 
-def held_out(rooms: RenderedRooms, tilt: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield image and up of the test rooms, tilted so, at twice the height: lines need it, and photographs have it."""
+def held_out(rooms: RenderedRooms, tilt: str, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield image and up of the first test rooms, tilted so, at twice the height: lines need it, and photographs have it."""
     cache = None if rooms.cache is None else str(rooms.cache)
-    sharper = RenderedRooms(
-        test_rooms=rooms.counts["test"], height=2 * rooms.height, batch_size=1, seed=rooms.seed, cache=cache, tilt=tilt
-    )
+    sharper = RenderedRooms(test_rooms=count, height=2 * rooms.height, batch_size=1, seed=rooms.seed, cache=cache, tilt=tilt)
     for batch in sharper.evaluation_dataloader():
         yield batch["image"][0], batch["up"][0]
 
@@ -93,7 +94,7 @@ def level(
         row, previews[name] = level_photograph(model, name, path, read_panorama(path), run.path / "photographs", tags_only)
         rows.append(row)
     if not photographs:
-        for number, (image, _) in zip(range(SHOWN_ROOMS), held_out(rooms, "small"), strict=False):
+        for number, (image, _) in enumerate(held_out(rooms, "small", SHOWN_ROOMS)):
             pixels: NDArray[np.uint8] = (255 * image).round().byte().permute(1, 2, 0).numpy()
             row, previews[f"room_{number}"] = level_room(model, f"room_{number}", pixels, run.path / "photographs")
             rows.append(row)

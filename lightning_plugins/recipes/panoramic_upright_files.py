@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_plugins import PanoramicUpright
 from lightning_plugins._support.atomic import atomic_write
+from lightning_plugins._support.errors import InputError
 from lightning_plugins._support.images import resize_panorama
 from lightning_plugins._support.run_folder import RunFolder
 from lightning_plugins.engines.sphere import rotate_in_tiles, rotation_from_up
@@ -38,14 +39,18 @@ def level_photograph(
     folder.mkdir(parents=True, exist_ok=True)
     if not estimate.is_sure:
         row |= {"became": "left alone: no cue of up", "tilt_deg": "", "notes": ""}
-        return row, _preview(pixels, torch.eye(3), f"{name}: no cue of up", folder / f"{name}_preview.png")
+        return row, _preview(pixels, torch.eye(3), f"{name}: no cue of up", folder, name)
     destination = folder / f"{name}{path.suffix}"
-    done = level_file(path, destination, estimate.up, sigma_deg=estimate.expected_error_deg, tags_only=tags_only)
+    try:
+        done = level_file(path, destination, estimate.up, sigma_deg=estimate.expected_error_deg, tags_only=tags_only)
+    except InputError as error:  # of the disk, say: what a photograph can have wrong was looked at before the training
+        row |= {"became": "not written", "tilt_deg": "", "notes": str(error)}
+        return row, _preview(pixels, torch.eye(3), f"{name}: not written", folder, name)
     became = "left alone: level already" if done.skipped else "tags changed" if tags_only else "levelled"
     row |= {"became": became, "file": destination.name, **_columns(done)}
     rotation = torch.eye(3) if done.skipped else done.rotation.float()
     title = f"{name}: tilted by {done.tilt_deg:.1f} degrees, give or take {estimate.expected_error_deg:.1f}"
-    return row, _preview(pixels, rotation, title, folder / f"{name}_preview.png")
+    return row, _preview(pixels, rotation, title, folder, name)
 
 
 def level_room(model: PanoramicUpright, name: str, pixels: Pixels, folder: Path) -> tuple[dict[str, Any], bytes]:
@@ -55,7 +60,7 @@ def level_room(model: PanoramicUpright, name: str, pixels: Pixels, folder: Path)
     tilt_deg = float(torch.rad2deg(torch.acos(estimate.up[2].clamp(-1, 1))))
     row = {"name": name, "expected_error_deg": round(estimate.expected_error_deg, 2), "tilt_deg": round(tilt_deg, 2)}
     title = f"{name}: tilted by {tilt_deg:.1f} degrees, give or take {estimate.expected_error_deg:.1f}"
-    return row, _preview(pixels, rotation_from_up(estimate.up), title, folder / f"{name}_preview.png")
+    return row, _preview(pixels, rotation_from_up(estimate.up), title, folder, name)
 
 
 def level_the_video(model: PanoramicUpright, path: str, run: RunFolder) -> list[str]:
@@ -67,13 +72,17 @@ def level_the_video(model: PanoramicUpright, path: str, run: RunFolder) -> list[
         found = model.predict_up(image)
         return found.up.cpu(), found.expected_error_deg
 
+    rows = model.hparams["image_height"] * (2 if model.hparams["refine_steps"] else 1)
     limit_deg = model.hparams["max_expected_error_deg"]
     source = Path(path)
     destination = folder / f"{source.stem}{'.avi' if source.suffix.lower() == '.avi' else '.mp4'}"
-    done = level_video(source, destination, estimate, max_error_deg=limit_deg)
+    try:
+        done = level_video(source, destination, estimate, max_error_deg=limit_deg, estimate_height_px=rows)
+    except InputError as error:
+        return [f"{source.name} was not levelled: {error}."]
     counts = {
         "could not be decoded": done.frames_broken,
-        "repeat the one before, in place of those": done.frames_repeated,
+        "repeat the one before, where the times of the source leave a gap": done.frames_repeated,
         "show no cue of up, and follow their neighbours": done.frames_without_cue,
     }
     told = "; ".join(f"{count} {what}" for what, count in counts.items())
@@ -101,10 +110,13 @@ def _columns(done: LevelledFile) -> dict[str, Any]:
     return {name: round(angle, 3) for name, angle in angles.items()} | headings | words | matrix
 
 
-def _preview(pixels: Pixels, rotation: Tensor, title: str, path: Path) -> bytes:
+def _preview(pixels: Pixels, rotation: Tensor, title: str, folder: Path, name: str) -> bytes:
+    """Draw it into a folder of its own, where no photograph's name can meet a preview's."""
+    previews = folder / "previews"
+    previews.mkdir(parents=True, exist_ok=True)
     rows = min(PREVIEW_ROWS, len(pixels))
     before = resize_panorama(pixels, rows, 2 * rows)
     preview = draw_before_and_after(before, rotate_in_tiles(before, rotation), title)
-    with atomic_write(path) as file:
+    with atomic_write(previews / f"{name}.png") as file:
         file.write(preview)
     return preview

@@ -46,8 +46,16 @@ def check_options(cli: CLI, options: list[str]) -> None:
         if not (video := Path(knobs.video)).is_file():
             raise InputError(f"the video {video} does not exist; give the path of a 2:1 video")
         FrameReader(video, read_video_parts(video))  # refuses what cannot be opened, or is not 2:1
-    if knobs.data.tilt is None:
+    if knobs.data.tilt is None and not knobs.ckpt:
         raise InputError("data.tilt must name tilts to train on, got none; small is within 20 degrees, mixed half anywhere")
-    if knobs.model.reconstruct and not knobs.data.with_level:
-        raise InputError("model.reconstruct learns from level images, and data.with_level is off; give --data.with_level true")
+    if knobs.model.reconstruct and not knobs.ckpt:
+        if not knobs.data.with_level:
+            raise InputError(
+                "model.reconstruct learns from level images, and data.with_level is off; give --data.with_level true"
+            )
+        if knobs.trainer.gradient_clip_val is not None:
+            raise InputError(
+                f"trainer.gradient_clip_val cannot act with model.reconstruct, got {knobs.trainer.gradient_clip_val}; give "
+                "--trainer.gradient_clip_val null, and --model.gradient_clip_norm 1.0 for the same"
+            )
     check_trainer(knobs.trainer)

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import re
 
 import numpy as np
 import pytest
@@ -80,37 +81,50 @@ def test_leaves_what_the_card_promises(finished, photographs):
     assert levelled["fog"]["became"] == "left alone: no cue of up"
     assert not (finished / "photographs" / "fog.png").exists()
     for name in levelled:
-        assert (finished / "photographs" / f"{name}_preview.png").stat().st_size > 1000
+        assert (finished / "photographs" / "previews" / f"{name}.png").stat().st_size > 1000
     page = (finished / "report.html").read_text()
     assert page.count("data:image/png") >= 5
     assert "before and after" in page
 
 
-def test_a_levelled_photograph_is_turned_as_its_row_says(finished, photographs):
-    (row,) = (row for row in table(finished / "levelled.csv") if row["name"] == "attic")
-    assert row["became"] in ("levelled", "left alone: level already")
-    assert row["heading_before_deg"] == "90.0"
-    matrix = np.array([[float(row[f"r{i}{j}"]) for j in range(3)] for i in range(3)])
-    np.testing.assert_allclose(matrix @ matrix.T, np.eye(3), atol=1e-6)
-    assert np.degrees(np.arccos(matrix[2, 2])) == pytest.approx(float(row["tilt_deg"]), abs=0.01)
-    copy = finished / "photographs" / row["file"]
-    assert Image.open(copy).size == (128, 64)
+@pytest.fixture(scope="module")
+def sure(finished, tmp_path_factory):
+    """The same network, sure of what it has hardly learned."""
+    content = torch.load(finished / "upright.ckpt", weights_only=True)
+    content["state_dict"]["network.orientation.votes.weight"] *= 1e4
+    path = tmp_path_factory.mktemp("sure") / "upright.ckpt"
+    torch.save(content, path)
+    return path
 
 
-def test_photographs_are_not_touched_and_tags_alone_keep_the_pixels(finished, photographs, ranks, tmp_path):
+def test_a_photograph_is_turned_as_its_row_says_and_not_touched_itself(sure, photographs, ranks, tmp_path):
     before = (photographs / "attic.jpg").read_bytes()
-    words = ["--ckpt", str(finished / "upright.ckpt"), "--image", str(photographs / "attic.jpg"), "--tags-only", *DATA]
+    words = ["--ckpt", str(sure), "--image", str(photographs), *DATA]
     assert ranks.run(lightning, 1, "run", "panoramic_upright", "--runs-dir", str(tmp_path), *words, timeout_s=120) == [0]
     run = run_of(tmp_path)
     assert not (run / "checkpoints").exists()
     assert (photographs / "attic.jpg").read_bytes() == before
+    row = table(run / "levelled.csv")[0]
+    assert row["became"] == "levelled"
+    matrix = np.array([[float(row[f"r{i}{j}"]) for j in range(3)] for i in range(3)])
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(3), atol=1e-6)
+    assert np.degrees(np.arccos(matrix[2, 2])) == pytest.approx(float(row["tilt_deg"]), abs=0.01)
+    assert float(row["heading_after_deg"]) == pytest.approx((90 - float(row["yaw_deg"])) % 360, abs=1e-3)
+    copy = run / "photographs" / "attic.jpg"
+    assert Image.open(copy).size == (128, 64)
+    assert np.abs(np.asarray(Image.open(copy), float) - np.asarray(Image.open(photographs / "attic.jpg"), float)).mean() > 5
+
+
+def test_tags_alone_keep_every_pixel(sure, photographs, ranks, tmp_path):
+    words = ["--ckpt", str(sure), "--image", str(photographs / "attic.jpg"), "--tags-only", *DATA]
+    assert ranks.run(lightning, 1, "run", "panoramic_upright", "--runs-dir", str(tmp_path), *words, timeout_s=120) == [0]
+    run = run_of(tmp_path)
     (row,) = table(run / "levelled.csv")
+    assert row["became"] == "tags changed"
     copy = run / "photographs" / "attic.jpg"
     np.testing.assert_array_equal(np.asarray(Image.open(copy)), np.asarray(Image.open(photographs / "attic.jpg")))
-    if row["became"] == "tags changed":
-        assert b"PosePitchDegrees" in copy.read_bytes()
-    else:
-        assert copy.read_bytes() == before
+    (pitch,) = re.findall(rb"PosePitchDegrees\W+([-.0-9]+)", copy.read_bytes())
+    assert float(pitch) == pytest.approx(float(row["pitch_deg"]), abs=1e-3)
 
 
 def test_a_video_is_levelled_frame_by_frame(finished, ranks, tmp_path):
@@ -164,17 +178,22 @@ def refusals(rank, world_size, folder, cases):
 def test_bad_input_is_one_sentence_before_anything_is_trained(finished, ranks, tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "square.png")
     (tmp_path / "torn.mp4").write_bytes(b"no video")
+    Image.new("RGB", (1025, 512)).save(tmp_path / "odd.png")
+    Image.new("RGB", (128, 64)).save(tmp_path / "room.tif")
     cases = [
         (["--image", str(tmp_path / "none.jpg")], "none.jpg"),
         (["--image", str(tmp_path / "square.png")], "64 x 64"),
         (["--video", str(tmp_path / "none.mp4")], "none.mp4 does not exist"),
         (["--video", str(tmp_path / "torn.mp4")], "torn.mp4"),
+        (["--image", str(tmp_path / "odd.png")], "1025 pixels wide, and an even number is needed"),
+        (["--image", str(tmp_path / "room.tif"), "--tags-only"], "cannot be changed without encoding its pixels anew"),
         (["--tags-only"], "tags_only cannot act without photographs"),
         (["--ckpt", str(tmp_path / "none.ckpt")], "does not exist"),
         (["--ckpt", str(finished / "upright.ckpt"), "--model.blocks", "3"], "--model.blocks cannot act beside --ckpt"),
         (["--data.tilt", "steep"], "there are no tilts 'steep'"),
         (["--data.tilt", "null"], "data.tilt must name tilts"),
         (["--model.reconstruct", "true"], "data.with_level is off"),
+        (["--model.reconstruct", "true", "--data.with_level", "true"], "give --trainer.gradient_clip_val null"),
         (["--data.height", "50"], "height must be a multiple of 32"),
         (["--trainer.max_epochs", "0"], "trainer.max_epochs must be 1 or more, got 0"),
         (["--trainer.max_steps", "0"], "trainer.max_steps must be 1 or more, got 0"),

@@ -27,7 +27,7 @@ from lightning_plugins._support.atomic import atomic_write
 from lightning_plugins._support.errors import InputError
 from lightning_plugins._support.images import RATIO_TOLERANCE, check_panorama, read_panorama
 from lightning_plugins._support.panorama_encoding import encode_panorama
-from lightning_plugins._support.panorama_metadata import PanoramaMetadata, read_metadata, retag_panorama
+from lightning_plugins._support.panorama_metadata import PanoramaMetadata, check_retagging, read_metadata, retag_panorama
 from lightning_plugins.engines.sphere import pose_from_rotation, rotate_in_tiles, rotation_from_up, up_from_pose
 
 
@@ -93,8 +93,7 @@ def level_file(
     if sigma_deg is not None and not (math.isfinite(sigma_deg) and sigma_deg >= 0):
         raise InputError(f"sigma_deg must be 0 or more, got {sigma_deg}; None levels every photograph")
     _check_destination(source, destination)
-    metadata = read_metadata(source)
-    _check_full_sphere(source, metadata.properties)
+    metadata = check_levelling(source, tags_only)
     rotation = rotation_from_up(up)
     yaw, pitch, roll = (float(angle) for angle in pose_from_rotation(rotation))
     tilt_deg = math.degrees(math.atan2(math.hypot(float(up[0]), float(up[1])), float(up[2])))
@@ -102,19 +101,14 @@ def level_file(
     heading = _number(metadata.properties, "GPano:PoseHeadingDegrees")
     before = None if heading is None else heading % 360
     after = before if before is None or skipped or tags_only else (before - yaw) % 360
-    notes = _notes_on_pose(metadata, up)
+    notes = _notes_on_pose(metadata, up, skipped)
     if skipped:
-        check_panorama(source)
         with atomic_write(destination) as file, source.open("rb") as original:
             shutil.copyfileobj(original, file)
-        notes = [f"level already: its tilt of {tilt_deg:.2f} degrees is below the estimate's uncertainty of {sigma_deg:.2f}"]
+        notes.insert(
+            0, f"level already: its tilt of {tilt_deg:.2f} degrees is below the estimate's uncertainty of {sigma_deg:.2f}"
+        )
     elif tags_only:
-        if metadata.orientation != 1:
-            raise InputError(
-                f"the pose of {source} cannot be told by tags alone, since its EXIF orientation is {metadata.orientation} and "
-                f"viewers differ in which they apply first; level the pixels instead, or turn the image upright"
-            )
-        check_panorama(source)
         pose = {"GPano:PosePitchDegrees": _degrees(pitch), "GPano:PoseRollDegrees": _degrees(roll)}
         _write(destination, retag_panorama(source, metadata, {**pose, **_heading_tag(after)}))
     else:
@@ -126,6 +120,35 @@ def level_file(
         source, destination, skipped, rotation, yaw, pitch, roll, tilt_deg, before, after,
         () if skipped else tuple(metadata.kept), () if skipped else tuple(metadata.dropped), tuple(notes),
     )  # fmt: skip
+
+
+def check_levelling(source: str | Path, tags_only: bool = False) -> PanoramaMetadata:
+    """Make sure that ``level_file`` will take a photograph, at a fraction of its cost; return the photograph's metadata.
+
+    Args:
+        source: the photograph.
+        tags_only: whether its tags alone are to change.
+
+    Raises:
+        InputError: where ``level_file`` would refuse the photograph.
+    """
+    source = Path(source)
+    _, width = check_panorama(source)
+    metadata = read_metadata(source)
+    _check_full_sphere(source, metadata.properties)
+    if not tags_only and width % 2:
+        raise InputError(
+            f"{source} is {width} pixels wide, and an even number is needed, since the row beyond a pole lies half a turn away; "
+            f"make it {width + 1} x {(width + 1) // 2}"
+        )
+    if tags_only:
+        check_retagging(source, metadata)
+    if tags_only and metadata.orientation != 1:
+        raise InputError(
+            f"the pose of {source} cannot be told by tags alone, since its EXIF orientation is {metadata.orientation} and "
+            f"viewers differ in which they apply first; level the pixels instead, or turn the image upright"
+        )
+    return metadata
 
 
 def _turned(source: Path, metadata: PanoramaMetadata, rotation: Tensor) -> NDArray[np.uint8]:
@@ -192,19 +215,18 @@ def _heading_tag(heading_deg: float | None) -> dict[str, str | None]:
     return {"GPano:PoseHeadingDegrees": None if heading_deg is None else _degrees(round(heading_deg, 4) % 360)}
 
 
-def _notes_on_pose(metadata: PanoramaMetadata, up: Tensor) -> list[str]:
+def _notes_on_pose(metadata: PanoramaMetadata, up: Tensor, skipped: bool) -> list[str]:
     properties = metadata.properties
     notes = []
     heading = properties.get("GPano:PoseHeadingDegrees")
-    if heading is not None and _number(properties, "GPano:PoseHeadingDegrees") is None:
+    if not skipped and heading is not None and _number(properties, "GPano:PoseHeadingDegrees") is None:
         notes.append(f"the heading in the tags is no number ({heading[:40]!r}) and was taken out")
     pitch, roll = (_number(properties, f"GPano:Pose{name}Degrees") for name in ("Pitch", "Roll"))
     if pitch or roll:
         own = up_from_pose(*(torch.tensor(angle or 0.0, dtype=torch.float64) for angle in (pitch, roll)))
         apart = math.degrees(float(torch.atan2(torch.linalg.cross(own, up).norm(), own @ up)))
-        notes.append(
-            f"the tags gave pitch {pitch or 0:g} and roll {roll or 0:g}; the estimate, {apart:.1f} degrees away, replaced them"
-        )
+        what = "a viewer that reads them still turns it" if skipped else f"the estimate, {apart:.1f} degrees away, replaced them"
+        notes.append(f"the tags gave pitch {pitch or 0:g} and roll {roll or 0:g}; {what}")
     return notes
 
 

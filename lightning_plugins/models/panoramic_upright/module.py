@@ -43,11 +43,10 @@ class PanoramicUpright(LightningModule):
     """Finds up in an equirectangular image, and levels it: orientation, lookup table and reconstruction in one network.
 
     Batches are dicts with ``image`` ``(B, 3, H, W)`` in [0, 1] and ``up`` ``(B, 3)``, unit vectors in the camera's frame, and
-    optionally ``level`` ``(B, 3, H, W)``: the true level image in the frame that ``rotation_from_up(up)`` gives. H is
-    ``image_height`` or a multiple of it. Without ``level`` only the orientation is trained. The reconstruction is trained with
-    the true angle: what a wrong angle costs is no blur, and it could only learn to smear. One of the two images should be made
-    from the other by rotation: between two photographs the noise differs by more than reading between pixels blurs.
-    ``RenderedRooms(with_level=True)`` gives such pairs.
+    with ``reconstruct`` ``level`` ``(B, 3, H, W)``: the true level image in the frame that ``rotation_from_up(up)`` gives. H is
+    ``image_height`` or a multiple of it. The reconstruction is trained with the true angle: what a wrong angle costs is no blur,
+    and it could only learn to smear. One of the two images should be made from the other by rotation: between two photographs the
+    noise differs by more than reading between pixels blurs. ``RenderedRooms(with_level=True)`` gives such pairs.
 
     With ``reconstruct=False`` optimization is automatic: ``Trainer(gradient_clip_val=..., accumulate_grad_batches=...)`` works as
     ever. With ``reconstruct=True`` it is manual, since there is a second optimizer where the discriminator is
@@ -154,6 +153,7 @@ class PanoramicUpright(LightningModule):
         return self.network.estimate(image)
 
     def _orientation_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        _check_batch(batch, ["up", "level"] if self.hparams["reconstruct"] else ["up"])
         loss = von_mises_fisher_loss(self(batch["image"]), batch["up"])
         self.log("panoramic_upright/train_orientation_loss", loss, prog_bar=True)
         return loss
@@ -169,7 +169,7 @@ class PanoramicUpright(LightningModule):
         with optimizers[0].toggle_model(sync_grad=steps_now):
             loss, refined = self._generator_loss(batch)
             self._descend(loss, optimizers[0], schedules[0], steps_now)
-        if self.discriminator is not None and refined is not None:
+        if self.discriminator is not None:
             with optimizers[1].toggle_model(sync_grad=steps_now):
                 scores = self.discriminator(batch["level"]), self.discriminator(refined.detach())
                 discriminated = discriminator_loss(*scores)
@@ -177,11 +177,9 @@ class PanoramicUpright(LightningModule):
                 self._descend(discriminated, optimizers[1], schedules[1], steps_now)
         return loss.detach()
 
-    def _generator_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Return the loss of orientation and reconstruction, and the refined images; without ``level``, of the first alone."""
+    def _generator_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the loss of orientation and reconstruction, and the refined images."""
         loss = self._orientation_loss(batch)
-        if "level" not in batch:
-            return loss, None
         assert self.network.reconstruction is not None
         image, level = batch["image"], batch["level"]
         _, refined = self.network.reconstruction(image, self.network.table_for(image, batch["up"]))
@@ -207,11 +205,21 @@ class PanoramicUpright(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val=largest, gradient_clip_algorithm="norm")
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        _check_batch(batch, ["up"])
         self.figures.update(self.network, batch["image"], batch["up"], batch.get("level"))
 
     def on_validation_epoch_end(self) -> None:
+        self._log_figures("val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_figures("test")
+
+    def _log_figures(self, stage: str) -> None:
         for name, figure in self.figures.compute().items():
-            self.log(f"panoramic_upright/val_{name}", figure.float(), prog_bar=name == "median_deg")
+            self.log(f"panoramic_upright/{stage}_{name}", figure.float(), prog_bar=name == "median_deg")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Return ``up`` ``(B, 3)``, ``expected_error_deg`` ``(B,)`` and ``rotation`` ``(B, 3, 3)``, which levels the images."""
@@ -321,3 +329,11 @@ class PanoramicUpright(LightningModule):
 def _listed(parts: Any) -> list[Any]:
     """Return what Lightning gives as one thing or as a list, as a list."""
     return parts if isinstance(parts, list) else [parts]
+
+
+def _check_batch(batch: dict[str, Tensor], needed: list[str]) -> None:
+    if missing := [name for name in needed if name not in batch]:
+        option = {"up": "tilt='small'", "level": "with_level=True"}[missing[0]]
+        raise InputError(
+            f"the batches hold {', '.join(batch)}, and no {missing[0]}; give the datamodule {option}, or batches that have it"
+        )

@@ -84,6 +84,8 @@ def tangent_gradient(image: Tensor) -> tuple[Tensor, Tensor]:
     side, middle, _ = SCHARR
     rows = side * (padded[..., :-2, :] + padded[..., 2:, :]) + middle * padded[..., 1:-1, :]
     columns = side * (padded[..., :-2] + padded[..., 2:]) + middle * padded[..., 1:-1]
-    height_of_row = pixel_directions(height, 1, dtype=image.dtype, device=image.device)[..., 2]  # (H, 1)
-    stretch = width / (2 * height) / (1 - height_of_row.square()).sqrt()
+    # In half precision the rows next to the poles would be stretched without end.
+    exact = torch.promote_types(image.dtype, torch.float32)
+    height_of_row = pixel_directions(height, 1, dtype=exact, device=image.device)[..., 2]  # (H, 1)
+    stretch = (width / (2 * height) / (1 - height_of_row.square()).sqrt()).to(image.dtype)
     return (rows[..., 2:] - rows[..., :-2]) / 2 * stretch, (columns[..., 2:, :] - columns[..., :-2, :]) / 2

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from lightning_plugins._support.errors import InputError
-from lightning_plugins.models.panoramic_upright.levelled_file import level_file
+from lightning_plugins.models.panoramic_upright.levelled_file import check_levelling, level_file
 from tests.support.panorama_files import SRGB, SUFFIXES, exif_block, gpano_of, packet, write
 
 # Forward, right, down in aviation, whose angles these are; forward, left, up here.
@@ -260,7 +260,7 @@ def test_8192_x_4096_takes_far_less_than_4_gb(tmp_path):
     write(tmp_path / "room.jpg", np.kron(seen((0, 10, 5), 256), np.ones((16, 16, 1), dtype=np.uint8)), exif=exif_block())
     script = f"""
 import re
-from lightning_plugins.models.panoramic_upright.levelled_file import level_file
+from lightning_plugins.models.panoramic_upright.levelled_file import check_levelling, level_file
 done = level_file({str(tmp_path / "room.jpg")!r}, {str(tmp_path / "level.jpg")!r}, [0.1, 0.2, 0.9])
 print(int(re.search("VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 2**20)
 """
@@ -268,3 +268,40 @@ print(int(re.search("VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 
     assert peak_gib < 1.2
     with Image.open(tmp_path / "level.jpg") as image:
         assert image.size == (8192, 4096)
+
+
+@pytest.mark.parametrize("tags_only", [False, True])
+def test_what_would_be_refused_is_refused_beforehand(tmp_path, tags_only):
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 128, 3), dtype=np.uint8)
+    good = tmp_path / "good.jpg"
+    Image.fromarray(pixels).save(good)
+    assert check_levelling(good, tags_only).format == "JPEG"
+    odd, tiff = tmp_path / "odd.png", tmp_path / "room.tif"
+    Image.fromarray(pixels[:, :127]).resize((1025, 512)).save(odd)
+    Image.fromarray(pixels).save(tiff)
+    refused = {
+        False: (odd, "odd.png is 1025 pixels wide, and an even number is needed"),
+        True: (tiff, "the tags of .*room.tif, a TIFF"),
+    }
+    path, words = refused[tags_only]
+    for attempt in (
+        lambda: check_levelling(path, tags_only),
+        lambda: level_file(path, path.with_stem("level"), (0.1, 0, 1), tags_only=tags_only),
+    ):
+        with pytest.raises(InputError, match=words):
+            attempt()
+    other, _ = refused[not tags_only]
+    assert check_levelling(other, tags_only)
+
+
+def test_tags_of_a_photograph_that_is_level_are_told(tmp_path):
+    xmp = (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        '<rdf:Description rdf:about="" xmlns:GPano="http://ns.google.com/photos/1.0/panorama/" GPano:PoseRollDegrees="25"/>'
+        "</rdf:RDF></x:xmpmeta>"
+    )
+    source = tmp_path / "room.jpg"
+    Image.new("RGB", (128, 64)).save(source, xmp=xmp.encode())
+    done = level_file(source, tmp_path / "level.jpg", (0.0, 0.0, 1.0), sigma_deg=1.0)
+    assert done.skipped
+    assert done.notes[1] == "the tags gave pitch 0 and roll 25; a viewer that reads them still turns it"

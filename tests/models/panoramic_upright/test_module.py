@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from lightning_plugins import PanoramicUpright
+from lightning_plugins import PanoramicUpright, RenderedRooms
 from lightning_plugins._lightning import Callback, Trainer, built_for, seed_everything
 from lightning_plugins.engines.sphere import rotation_from_up
 from lightning_plugins.models.checkpoint import load_module
@@ -140,15 +140,34 @@ def test_trains_in_mixed_precision(tmp_path):
     assert sum(watch.losses[-2:]) < sum(watch.losses[:2])
 
 
-def test_without_level_images_only_the_orientation_learns(tmp_path):
-    module, rooms = upright(reconstruct=True), tiny_rooms()
+def test_batches_without_what_is_learned_from_are_refused_by_name(tmp_path):
+    rooms = tiny_rooms()
     rooms.gives_level = False
-    before = weights(module)
-    fitted = trainer(tmp_path, max_epochs=2)
-    fitted.fit(module, rooms)
-    assert moved(module, before) == {"network.orientation"}
-    assert "panoramic_upright/val_median_deg" in fitted.callback_metrics
-    assert not [name for name in fitted.callback_metrics if "psnr" in name or "gate" in name]
+    with pytest.raises(ValueError, match="the batches hold image, up, and no level; give the datamodule with_level=True"):
+        trainer(tmp_path, max_epochs=1).fit(upright(reconstruct=True), rooms)
+    with pytest.raises(
+        ValueError, match="the batches hold image, depth, mask, index, and no up; give the datamodule tilt='small'"
+    ):
+        trainer(tmp_path, max_epochs=1).fit(upright(), RenderedRooms(train_rooms=4, val_rooms=2, height=32))
+
+
+def test_figures_of_the_test_rooms(tmp_path):
+    rooms, module = RenderedRooms(test_rooms=3, height=32, batch_size=2, tilt="small"), upright().eval()
+    (figures,) = trainer(tmp_path).test(module, rooms, verbose=False)
+    errors = []
+    for batch in rooms.evaluation_dataloader():
+        found = torch.nn.functional.normalize(module(batch["image"]).double(), dim=-1)
+        errors += torch.rad2deg(torch.acos((found * batch["up"].double()).sum(-1))).tolist()
+    assert figures["panoramic_upright/test_mean_deg"] == pytest.approx(sum(errors) / 3, abs=1e-3)
+
+
+def test_half_precision_sees_what_single_precision_sees():
+    module = upright().eval()
+    image = torch.rand(1, 3, 128, 256, generator=torch.Generator().manual_seed(0))
+    exact = module.network.orientation.histograms(image)
+    for dtype in (torch.bfloat16, torch.float16):
+        found = module.network.orientation.histograms.to(dtype)(image.to(dtype))
+        assert (found.float() - exact).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("kind", KINDS)
