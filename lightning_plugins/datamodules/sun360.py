@@ -28,7 +28,7 @@ class SUN360(PanoramaFolder):
             ``train`` 22 GB at 128 rows, 12 GB at 96.
         batch_size: items in a batch.
         num_workers: processes that turn; 0 does it in the main process.
-        tilt: ``small`` (within 20 degrees), ``sphere``, ``hand_held`` (a few degrees), ``whole_degrees`` (the published protocol)
+        tilt: ``small`` (within 20 degrees), ``sphere``, ``mixed``, ``hand_held``, ``whole_degrees`` (the published protocol)
             or ``cone:ANGLE``.
         evaluation_tilt: another one for validation and test; ``tilt`` if left out.
         with_level: batches hold ``level``, too: the photograph that levelling ``image`` by ``up`` should give.
