@@ -66,11 +66,13 @@ def score_ways(
         scores["seen level"].update(estimate_depth(room.level_image[None]), room.level_depth[None], room.level_mask[None])
     figures = {way: {name: float(figure) for name, figure in metric.compute().items()} for way, metric in scores.items()}
     direct, level = figures["direct"]["abs_rel"], figures["seen level"]["abs_rel"]
+    lost = direct - level
     return [
         {
             "way": way,
             **figures[way],
-            "recovered_percent": round(100 * (direct - figures[way]["abs_rel"]) / (direct - level), 1) if direct != level else "",
+            # Nothing of a negative loss is -0.0.
+            "recovered_percent": round(100 * (direct - figures[way]["abs_rel"]) / lost, 1) + 0.0 if lost else "",
             "images": int(scores[way].images),
         }
         for way in WAYS
