@@ -12,6 +12,7 @@ from _recipes import run_recipe
 from _results import write_results
 
 GOAL_PERCENT = 80
+TILT = "10 to 40 degrees"
 
 
 def main(options: list[str]) -> None:
@@ -19,7 +20,7 @@ def main(options: list[str]) -> None:
     seconds, run = run_recipe("level_then_depth", options)
     with (run / "evaluation.csv").open(newline="") as file:
         rows = [{**row, "whole_run_s": seconds, "goal": "", "verdict": ""} for row in csv.DictReader(file)]
-    levelled = next(row for row in rows if row["way"] == "levelled")
+    levelled = next(row for row in rows if (row["tilt"], row["way"]) == (TILT, "levelled"))
     held = float(levelled["recovered_percent"]) >= GOAL_PERCENT
     levelled |= {"goal": f">= {GOAL_PERCENT} % recovered", "verdict": "held" if held else "MISSED"}
     # Photographs are the caller's own; the recorded command is the one that anyone can repeat.

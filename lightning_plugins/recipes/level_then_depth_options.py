@@ -1,9 +1,11 @@
 """The options of the recipe ``level_then_depth``, and what they refuse before the first minute of training."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning_plugins import PanoramicDepth, PanoramicUpright, RenderedRooms
 from lightning_plugins._support.errors import InputError
+from lightning_plugins._support.images import check_panorama
 from lightning_plugins._support.run_folder import RunFolder
 from lightning_plugins.recipes.lightning_cli import RecipeCLI
 from lightning_plugins.recipes.phases import check_trainer
@@ -30,15 +32,30 @@ class CLI(RecipeCLI):
         parser.add_argument("--wandb_photographs", type=bool, default=False, help="put your photographs into the W&B run, too")
 
 
-def check_options(cli: CLI, options: list[str]) -> None:
-    """Refuse numbers without a training, and options that cannot act beside a checkpoint."""
+def check_photograph(path: Path) -> None:
+    """Refuse a photograph that cannot be read, or not be turned."""
+    _, width = check_panorama(path)
+    if width % 2:
+        raise InputError(
+            f"{path} is {width} pixels wide, and an even number is needed, since the row beyond a pole lies half a turn away; "
+            f"make it {width + 1} x {(width + 1) // 2}"
+        )
+
+
+def check_options(cli: CLI, options: list[str], depth: PanoramicDepth | None) -> None:
+    """Refuse numbers without a training, options that cannot act beside a checkpoint, and a given depth model of another size."""
     knobs, names = cli.config, [option.partition("=")[0] for option in options if option.startswith("--")]
-    for checkpoint, group in (("upright_ckpt", "--upright."), ("depth_ckpt", "--model.")):
-        idle = [name for name in names if name.startswith(group) and name != "--model.preset"]
+    for checkpoint, group in (("upright_ckpt", "--upright"), ("depth_ckpt", "--model.")):
+        idle = [name for name in names if name.startswith(group) and name not in ("--model.preset", "--upright_ckpt")]
         if knobs[checkpoint] and idle:
             raise InputError(
                 f"{idle[0]} cannot act beside --{checkpoint}, which brings a trained model; leave one of the two out"
             )
+    if depth is not None and (rows := depth.hparams["image_height"]) != knobs.data.height:
+        raise InputError(
+            f"data.height must be that of the images which {knobs.depth_ckpt} was trained on, got {knobs.data.height}; "
+            f"give --data.height {rows}"
+        )
     if knobs.upright_epochs < 1:
         raise InputError(f"upright_epochs must be 1 or more, got {knobs.upright_epochs}; to train nothing: --upright_ckpt FILE")
     if knobs.upright_data.tilt is None:

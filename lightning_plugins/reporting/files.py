@@ -56,6 +56,21 @@ def write_depth_png(path: str | Path, depth_m: NDArray[np.floating], mask: NDArr
         file.write(encoded.getvalue())
 
 
+def write_image_png(path: str | Path, image: NDArray[np.uint8]) -> None:
+    """Write an image as a PNG; its folder is made.
+
+    Args:
+        path: the file to write.
+        image: ``(height, width, 3)`` RGB.
+    """
+    encoded = io.BytesIO()
+    # The least effort: a fifth larger, and four times as fast, 4 s instead of 16 for the largest photographs of phones.
+    require("PIL.Image").fromarray(image).save(encoded, format="PNG", compress_level=1)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(encoded.getvalue())
+
+
 def read_depth_png(path: str | Path) -> NDArray[np.float32]:
     """Read what ``write_depth_png`` wrote, as ``(height, width)`` metres; 0 where there is no value.
 
