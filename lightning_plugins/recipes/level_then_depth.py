@@ -20,9 +20,10 @@ from lightning_plugins._support.images import find_panoramas, name_apart, read_p
 from lightning_plugins._support.run_folder import RunFolder
 from lightning_plugins.models.checkpoint import load_module
 from lightning_plugins.models.panoramic_depth.metrics import DepthMetrics
+from lightning_plugins.models.panoramic_upright.levelled_file import check_levelling
 from lightning_plugins.models.panoramic_upright.recovery import score_ways
 from lightning_plugins.recipes.level_then_depth_files import level_and_measure
-from lightning_plugins.recipes.level_then_depth_options import CLI, check_options, check_photograph
+from lightning_plugins.recipes.level_then_depth_options import CLI, check_options
 from lightning_plugins.recipes.level_then_depth_rooms import MOST_TILT_DEG, TiltedRooms
 from lightning_plugins.recipes.phases import fit_phase
 from lightning_plugins.recipes.run_loggers import RunLoggers
@@ -45,7 +46,7 @@ def main(options: list[str], run: RunFolder, resume: bool) -> None:
     # What a user can have got wrong is looked at before the first minute of training.
     photographs = name_apart(find_panoramas(knobs.image)) if knobs.image else {}
     for path in photographs.values():
-        check_photograph(path)
+        check_levelling(path)
     upright = load_module(PanoramicUpright, knobs.upright_ckpt) if knobs.upright_ckpt else None
     depth = load_module(PanoramicDepth, knobs.depth_ckpt) if knobs.depth_ckpt else None
     check_options(cli, options, depth)

@@ -1,11 +1,9 @@
 """The options of the recipe ``level_then_depth``, and what they refuse before the first minute of training."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 from lightning_plugins import PanoramicDepth, PanoramicUpright, RenderedRooms
 from lightning_plugins._support.errors import InputError
-from lightning_plugins._support.images import check_panorama
 from lightning_plugins._support.run_folder import RunFolder
 from lightning_plugins.recipes.lightning_cli import RecipeCLI
 from lightning_plugins.recipes.phases import check_trainer
@@ -30,16 +28,6 @@ class CLI(RecipeCLI):
         parser.add_argument("--depth_ckpt", type=str | None, default=None, help="a trained PanoramicDepth")
         parser.add_argument("--wandb", type=Literal["offline", "online", "disabled"], default="offline", help="the W&B run")
         parser.add_argument("--wandb_photographs", type=bool, default=False, help="put your photographs into the W&B run, too")
-
-
-def check_photograph(path: Path) -> None:
-    """Refuse a photograph that cannot be read, or not be turned."""
-    _, width = check_panorama(path)
-    if width % 2:
-        raise InputError(
-            f"{path} is {width} pixels wide, and an even number is needed, since the row beyond a pole lies half a turn away; "
-            f"make it {width + 1} x {(width + 1) // 2}"
-        )
 
 
 def check_options(cli: CLI, options: list[str], depth: PanoramicDepth | None) -> None:
