@@ -6,18 +6,16 @@ Ok-Topk's whole steps beat the other schemes'. The first part is about words, wh
 needs those of ``ASSUMPTIONS``, each a range with its reason; none was widened to fit. The ranges are wide, so that bracketing
 says little by itself: beside them stand the speed-ups with all costs in the middle, with beta and the compute time solved from
 two training times of the paper at 32 workers, and with that choice inside the ranges which comes nearest to both published ends.
-Everything is simulated; no number here was measured on a network, except what ``--calibrate`` reads.
+Everything is simulated; no number here was measured on a network. How well the costs of a link predict measured reductions is
+what ``ok_topk_calibration.py`` asks.
 
 Each vector is a sample of 2^19 entries with the same density, profile and overlap, which stands for the whole one.
 
-Run: python benchmarks/ok_topk_simulation.py [--alpha-us X] [--beta-ns-per-word X] [--calibrate FILE.csv]
-     --calibrate reads columns world_size, bytes, seconds of dense all-reduces of so many bytes, fits alpha and beta without the
-     largest world size (or --held-out P), predicts that, and prints the error.
+Run: python benchmarks/ok_topk_simulation.py [--alpha-us X] [--beta-ns-per-word X]
 Writes: benchmarks/results/ok_topk_simulation.csv, docs/pictures/ok_topk_bytes.png, ok_topk_receive_load.png, ok_topk_scaling.png.
 """
 
 import argparse
-import csv
 import itertools
 import math
 from collections.abc import Callable
@@ -38,7 +36,6 @@ from lightning_plugins.engines.sparse_allreduce.simulator import (
     Machine,
     Phase,
     Supports,
-    calibrate,
     critical_messages,
     critical_words,
     step_time_s,
@@ -369,34 +366,6 @@ def receive_loads(ranks: int = 16) -> tuple[list[dict[str, Any]], dict[str, list
     return rows, loads, 4 * 2 * 10_000
 
 
-def calibration_rows(path: Path, held_out: int | None) -> list[dict[str, Any]]:
-    """Fit alpha and beta to measured all-reduces, print and return how well they predict the held-out world size."""
-    with path.open(newline="") as file:
-        measured = [(int(row["world_size"]), int(row["bytes"]), float(row["seconds"])) for row in csv.DictReader(file)]
-    columns = [np.array(column) for column in zip(*measured, strict=True)]
-    found = calibrate(*columns, held_out)
-    print(f"alpha {1e6 * found.link.alpha_s:.2f} us, beta {1e9 * found.link.beta_s_per_word:.3f} ns a word from {path.name}")
-    rows = []
-    sizes = [size for world_size, size, _ in measured if world_size == found.held_out]
-    for size, predicted_s, measured_s, error in zip(sizes, found.predicted_s, found.measured_s, found.errors, strict=True):
-        print(
-            f"  {found.held_out} ranks, {size} bytes: {1e3 * predicted_s:.3f} ms, measured {1e3 * measured_s:.3f}, {error:+.1%}"
-        )
-        rows.append(
-            {
-                "table": "calibration",
-                "ranks": found.held_out,
-                "alpha_us": f"{1e6 * found.link.alpha_s:.3f}",
-                "beta_ns_per_word": f"{1e9 * found.link.beta_s_per_word:.4f}",
-                "bytes": size,
-                "predicted_ms": f"{1e3 * predicted_s:.4f}",
-                "measured_ms": f"{1e3 * measured_s:.4f}",
-                "error": f"{error:+.3f}",
-            }
-        )
-    return rows
-
-
 def draw(
     phases: dict[tuple[str, int], list[Phase]], corners: dict[str, Setting], loads: dict[str, list[float]], bound: float
 ) -> None:
@@ -455,8 +424,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--alpha-us", type=float, help="instead of its range")
     parser.add_argument("--beta-ns-per-word", type=float, help="instead of its range")
-    parser.add_argument("--calibrate", type=Path, metavar="FILE.csv", help="columns world_size, bytes, seconds")
-    parser.add_argument("--held-out", type=int, help="world size to predict; the largest if not given")
     given = parser.parse_args()
     torch.set_num_threads(1)
     ranges = dict(ASSUMPTIONS)
@@ -468,8 +435,6 @@ def main() -> None:
         for name, (low, high, reason) in ranges.items()
     ]
     lines = []
-    if given.calibrate is not None:
-        rows += calibration_rows(given.calibrate, given.held_out)
     recorded = {density: record_supports(density=density, **RECORDED) for density in (0.01, 0.02)}
     overlaps = {density: measure_overlap(supports[-1]) for density, supports in recorded.items()}
     rows += extrapolation_rows(recorded)

@@ -37,10 +37,13 @@ def agree(
     return worst, most
 
 
-def _number(value: object) -> int:
-    if isinstance(value, int):
-        return value
+def checksum(value: object) -> int:
+    """Return a number that differs where plain values do."""
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else checksum(value)
 
 
 def _difference(texts: list[str]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from lightning_plugins.engines.sparse_allreduce.agreement import FINE, NOT_FINITE, agree
+from lightning_plugins.engines.sparse_allreduce.agreement import FINE, NOT_FINITE, agree, checksum
 from lightning_plugins.engines.sparse_allreduce.exchange import Exchange
 from lightning_plugins.engines.sparse_allreduce.global_threshold import GlobalChoice, choose, reached
 from lightning_plugins.engines.sparse_allreduce.reduction import Routing, balance_and_allgather, split_and_reduce
@@ -70,7 +70,8 @@ class SparseStep:
         self.exact = state.due
         self.report = Report(exact=self.exact)
         self._wire = Wire(state.settings.indices, state.settings.values, acc.dtype)
-        self._alike = {"elements": len(acc), "k": k, "step": state.step, "settings": asdict(state.settings)}
+        settings = {**asdict(state.settings), "cuts (checksum)": checksum([asdict(routing) for routing in state.routings])}
+        self._alike = {"elements": len(acc), "k": k, "step": state.step, "settings": settings}
         self._sent: list[_Sent] = []
         self._thresholds = (state.local.value, state.overall.value)
 

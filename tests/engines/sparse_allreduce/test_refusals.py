@@ -31,6 +31,9 @@ def changed(name, rank):
         call["acc"] = torch.ones(11)
     elif name == "another step" and strange:
         call["state"].step = 3
+    elif name == "other cuts":
+        call["state"].routings[0].cuts = [0, 4, 9 if strange else 8, 12]
+        call["state"].routings[0].owners = [0, 1, 2]
     elif name == "other indices" and strange:
         call["state"] = SparseAllreduceState(indices="bitmap")
     elif name == "another interval" and strange:
@@ -61,6 +64,7 @@ REFUSALS = {
     "another k": "^the ranks must agree in k: rank 0 has 4, rank 2 has 5; give all ranks the same",
     "another size": "agree in elements: rank 0 has 12, rank 2 has 11",
     "another step": "agree in step: rank 0 has 0, rank 2 has 3",
+    "other cuts": r"agree in cuts \(checksum\): rank 0 has \d+, rank 2 has \d+; give all ranks the same .*checkpoint",
     "other indices": "agree in indices: rank 0 has auto, rank 2 has bitmap",
     "another interval": "agree in threshold_every: rank 0 has 32, rank 2 has 5",
     "sparse": r"^rank 2: acc must be dense, got torch.sparse_coo; call .to_dense\(\)",
