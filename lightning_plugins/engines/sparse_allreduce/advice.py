@@ -3,6 +3,8 @@
     dense  = measured
     sparse = adding, selecting, packing (measured) + 3 k entries over the measured bandwidth + rounds * measured latency
 
+with as many rounds for each bucket where buckets are exchanged one by one.
+
 The bandwidth is what the dense reduction reached, 2 n (P - 1) / P words in its time; three entries of each k is what the two
 phases need at most. All ranks compare the slowest rank's times, so that they agree.
 """
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 WORTHWHILE = 1.1
 DENSE_STEPS = 4  # the first one makes connections and does not count
-ROUNDS = 9  # collectives of a sparse step
+ROUNDS = 7  # collectives of a sparse exchange
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +40,8 @@ class Advice:
         self.gain = 0.0
         self._dense_s: list[float] = []
 
-    def note_dense(self, seconds: float, state: "OkTopkState") -> None:
-        """Take the time of a dense step, whose gradient is in ``state.acc``; decide after the last one."""
+    def note_dense(self, seconds: float, buckets: int, state: "OkTopkState") -> None:
+        """Take the time of a dense step of so many buckets, whose gradient is in ``state.acc``; decide after the last one."""
         self._dense_s.append(seconds)
         if len(self._dense_s) < DENSE_STEPS:
             return
@@ -59,7 +61,8 @@ class Advice:
         dense_s, latency_s, compute_s = (1e-6 * max(t, 1) for t in times)
         share = (exchange.ranks - 1) / exchange.ranks
         bandwidth = 2 * state.acc.nbytes * share / dense_s
-        sparse_s = compute_s + 3 * k * entry_bytes * share / max(bandwidth, 1.0) + ROUNDS * latency_s
+        rounds = ROUNDS * (1 if state.options.mode == "global" else buckets)
+        sparse_s = compute_s + 3 * k * entry_bytes * share / max(bandwidth, 1.0) + rounds * latency_s
         self.gain = dense_s / sparse_s
         self.sparse = exchange.largest_integers([int(self.gain >= WORTHWHILE)], "agreement")[0] == 1
         if exchange.rank == 0:

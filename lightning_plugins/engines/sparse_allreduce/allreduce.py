@@ -8,6 +8,9 @@ Summed over the ranks nothing is lost: sum(acc before) = update * ranks + sum(ac
 Li and Hoefler, "Near-Optimal Sparse Allreduce for Distributed Deep Learning", PPoPP 2022, arXiv 2201.07598, algorithms 1 and 2.
 """
 
+from operator import index
+from typing import SupportsIndex
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,6 +19,7 @@ from lightning_plugins.engines.sparse_allreduce.agreement import REFUSED, agree
 from lightning_plugins.engines.sparse_allreduce.exchange import Exchange
 from lightning_plugins.engines.sparse_allreduce.state import SparseAllreduceState
 from lightning_plugins.engines.sparse_allreduce.step import Segment, SparseStep
+from lightning_plugins.engines.sparse_allreduce.wire import MOST_ELEMENTS
 
 
 def sparse_allreduce(
@@ -29,7 +33,8 @@ def sparse_allreduce(
     Args:
         acc: any shape, ``float32`` or ``float64``, contiguous, as many elements on every rank.
         k: entries that a rank sends at most, and that the result has at most; from the number of ranks on.
-        state: thresholds, cuts and counters from call to call; without one every call computes exact thresholds and new cuts.
+        state: thresholds, cuts and counters from call to call, of one vector in one group; without one every call computes
+            exact thresholds and new cuts.
         group: the ranks; None is the default group, or this process alone where there is none.
 
     Returns:
@@ -47,10 +52,10 @@ def sparse_allreduce(
     """
     state = SparseAllreduceState(threshold="exact") if state is None else state
     exchange = Exchange(group, acc.device, state.traffic)
-    if refusal := why_not(acc, k, exchange.ranks):
+    if refusal := why_not(acc, k, exchange.ranks) or state.why_not(acc.numel(), exchange.ranks):
         agree(REFUSED, [0], {"elements": 0, "k": 0, "step": 0, "settings": {}}, exchange, refusal)
-    flat = acc.view(-1)
-    step = SparseStep(state, flat, min(k, len(flat)), exchange)
+    flat = acc.detach().view(-1)
+    step = SparseStep(state, flat, min(index(k), len(flat)), exchange)
     finite = bool(flat.sum().isfinite()) or bool(flat.isfinite().all())
     places, values = step.reduce([Segment(0, len(flat), state.routings[0])], finite)
     step.commit()
@@ -69,8 +74,8 @@ def why_not(acc: Tensor, k: int, ranks: int) -> str:
         return f"acc must be float32 or float64, got {acc.dtype}; keep residuals in float32 and add the gradient to them"
     if not acc.is_contiguous():
         return f"acc must be contiguous, got strides {acc.stride()}; call .contiguous() on it first"
-    if acc.numel() == 0:
-        return "acc must have an element, got none; leave empty tensors out"
-    if not isinstance(k, int) or k < ranks:
+    if not 0 < acc.numel() <= MOST_ELEMENTS:
+        return f"acc must have 1 to {MOST_ELEMENTS} elements, got {acc.numel()}; leave empty tensors out, and cut longer ones"
+    if not isinstance(k, SupportsIndex) or index(k) < ranks:
         return f"k must be a whole number from the number of ranks, {ranks}, on, got {k}; send more, or use fewer ranks"
     return ""

@@ -220,7 +220,7 @@ class BackwardPass:
             state.residual[start:end] = waiting
         state.steps += 1
         if state.advice is not None and state.advice.sparse is None:
-            state.advice.note_dense(self._dense_s, state)
+            state.advice.note_dense(self._dense_s, len(self.arrived), state)
 
     def _clip_factor(self, clip_norm: float) -> float:
         """Return what brings this rank's gradient to its share of the norm; 1 for one that is not finite, which is seen later."""

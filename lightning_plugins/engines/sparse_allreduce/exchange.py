@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_plugins.engines.sparse_allreduce._seams import wire_device
+
 
 class Traffic:
     """What a rank has sent and received, and how long it took, by phase.
@@ -70,8 +72,7 @@ class Exchange:
         self.ranks = 1 if alone else dist.get_world_size(group)
         self.rank = 0 if alone else dist.get_rank(group)
         self.device = device
-        # gloo has no all-to-all of CUDA tensors.
-        self.wire_device = torch.device("cpu") if alone or dist.get_backend(group) != "nccl" else device
+        self.wire_device = device if alone else wire_device(group, device)
         self.traffic = Traffic() if traffic is None else traffic
 
     def all_to_all_integers(self, rows: Sequence[Sequence[int]], phase: str) -> list[list[int]]:

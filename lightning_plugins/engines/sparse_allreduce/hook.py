@@ -109,7 +109,7 @@ class OkTopkState:
         self.shapes = {name: list(parameter.shape) for name, parameter in parameters.items()}
         first = next(iter(parameters.values()))
         timeout = timeout_of(group, first.device) if timeout is None else timeout
-        self.nodes = Nodes(group, ranks_per_node, timeout)
+        self.nodes = Nodes(group, ranks_per_node, timeout, first.device)
         self.exchange = Exchange(self.nodes.between, first.device, self.cores[0].traffic)
         self.everyone = Exchange(dist.new_group(_members(group), timeout=timeout), first.device)
         # Backward fills the last layers first: in this order buckets lie in few runs.

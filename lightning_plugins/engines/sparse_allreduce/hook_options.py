@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from lightning_plugins._support.errors import InputError, nearest
 from lightning_plugins.engines.sparse_allreduce.settings import Settings, check_density
+from lightning_plugins.engines.sparse_allreduce.wire import MOST_ELEMENTS
 
 MODES = ("streamed", "global", "per_bucket")
 
@@ -63,8 +64,13 @@ class HookOptions:
         """Return k for the whole vector.
 
         Raises:
-            InputError: if that is fewer entries than there are ranks.
+            InputError: if that is fewer entries than there are ranks, or the vector is too long.
         """
+        if elements > MOST_ELEMENTS:
+            raise InputError(
+                f"a rank reduces {elements} parameters, the most is {MOST_ELEMENTS}; give ranks_per_node, and each of a node's "
+                "ranks reduces its part"
+            )
         k = round(self.density * elements)
         if k < ranks:
             raise InputError(

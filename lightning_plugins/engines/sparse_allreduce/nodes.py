@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_plugins._support.errors import InputError
+from lightning_plugins.engines.sparse_allreduce._seams import wire_device
 
 
 class Nodes:
@@ -22,12 +23,15 @@ class Nodes:
         group: all ranks, those of a node side by side.
         ranks_per_node: how many.
         timeout: of the groups made here.
+        device: of the buckets.
 
     Raises:
         InputError: if they do not divide the ranks, or all are on one node.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, ranks_per_node: int, timeout: timedelta | None) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None, ranks_per_node: int, timeout: timedelta | None, device: torch.device
+    ) -> None:
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         if ranks_per_node < 1 or ranks % ranks_per_node or (ranks_per_node > 1 and ranks == ranks_per_node):
             raise InputError(
@@ -42,6 +46,7 @@ class Nodes:
             if place == self.place:
                 self.between = made
         self._node: dist.ProcessGroup | None = None
+        self._wire_device = wire_device(group, device)
         for first in range(0, ranks, ranks_per_node) if ranks_per_node > 1 else ():
             made = dist.new_group(members[first : first + ranks_per_node], timeout=timeout)
             if first <= rank < first + ranks_per_node:
@@ -56,8 +61,10 @@ class Nodes:
         if self._node is None:
             return bucket
         rows = torch.cat([_in_rows(part, self.inside, self.chunk(len(part))) for part in bucket.split(list(sizes))], dim=1)
+        rows = rows.to(self._wire_device).contiguous()
         received = torch.empty_like(rows)
-        dist.all_to_all_single(received, rows.contiguous(), group=self._node)
+        dist.all_to_all_single(received, rows, group=self._node)
+        received = received.to(bucket.device)
         total = received[0]
         for row in received[1:]:
             total += row
@@ -68,9 +75,9 @@ class Nodes:
         if self._node is None:
             bucket.copy_(chunks)
             return
-        rows = torch.empty(self.inside, len(chunks), dtype=chunks.dtype, device=chunks.device)
-        dist.all_gather_into_tensor(rows.view(-1), chunks.contiguous(), group=self._node)
-        parts = rows.split([self.chunk(size) for size in sizes], dim=1)
+        rows = torch.empty(self.inside, len(chunks), dtype=chunks.dtype, device=self._wire_device)
+        dist.all_gather_into_tensor(rows.view(-1), chunks.to(self._wire_device).contiguous(), group=self._node)
+        parts = rows.to(bucket.device).split([self.chunk(size) for size in sizes], dim=1)
         torch.cat([part.reshape(-1)[:size] for part, size in zip(parts, sizes, strict=True)], out=bucket)
 
 

@@ -35,6 +35,7 @@ class Routing:
         owners: rank of each region.
         age: steps since the cuts were made.
         granularity: entries by which a region may exceed its share.
+        load: of the busiest owner when the cuts were made, fillers of the wire among it: where they were as good as can be.
         partitions: how often cuts were made.
     """
 
@@ -42,6 +43,7 @@ class Routing:
     owners: list[int] = field(default_factory=list)
     age: int = 0
     granularity: int = 0
+    load: int = 0
     partitions: int = 0
 
     def renew(self, indices: Tensor, size: int, k: int, settings: Settings, exchange: Exchange) -> None:
@@ -75,13 +77,11 @@ class Summed:
         indices: ``(c,)`` sorted.
         sums: ``(c,)``; some may have cancelled to 0.
         most_received: entries that the busiest owner got from others.
-        received: entries that this rank got.
     """
 
     indices: Tensor
     sums: Tensor
     most_received: int
-    received: int
 
 
 def split_and_reduce(
@@ -105,10 +105,13 @@ def split_and_reduce(
         if fresh:
             routing.renew(indices, size, most, settings, exchange)
     messages, incoming, most_received = _prepare(indices, values, routing, wire, exchange)
-    if most_received > most + routing.granularity and not fresh and settings.cuts == "histogram":
+    if most_received > max(most + routing.granularity, routing.load) and not fresh and settings.cuts == "histogram":
+        fresh = True
         with traffic.timing("cuts"):
             routing.renew(indices, size, most, settings, exchange)
         messages, incoming, most_received = _prepare(indices, values, routing, wire, exchange)
+    if fresh:
+        routing.load = most_received
     routing.age += 1
     region = routing.region_of(exchange.rank)
     start, span = routing.cuts[region], routing.cuts[region + 1] - routing.cuts[region]
@@ -120,8 +123,7 @@ def split_and_reduce(
         sums = torch.zeros(len(places), dtype=values.dtype, device=values.device)
         for of_source, (_, arrived) in zip(among.split([len(arrived) for _, arrived in decoded]), decoded, strict=True):
             sums[of_source] += arrived  # no place twice in one message: the order of the sources is the order of the sum
-    received = sum(wire.entries(header) for rank, header in enumerate(incoming) if rank != exchange.rank)
-    return Summed(places, sums, most_received, received)
+    return Summed(places, sums, most_received)
 
 
 def _prepare(

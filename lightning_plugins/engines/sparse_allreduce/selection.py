@@ -49,7 +49,8 @@ def select(acc: Tensor, threshold: float) -> Tensor:
         acc: ``(n,)``.
         threshold: 0 stands for whatever is not zero.
     """
-    threshold = max(threshold, smallest_threshold(acc.dtype))
+    if threshold <= smallest_threshold(acc.dtype):
+        return acc.nonzero().flatten()
     if acc.device.type != "cpu":
         return (acc.abs() >= threshold).nonzero().flatten()
     entries, found = acc.numpy(), []  # on one core numpy compares and searches about twice as fast as torch
@@ -65,21 +66,34 @@ def select(acc: Tensor, threshold: float) -> Tensor:
 
 def count_reaching(values: Tensor, threshold: float) -> int:
     """Return how many entries have at least this magnitude; zeros are never among them."""
-    return int((values.abs() >= max(threshold, smallest_threshold(values.dtype))).sum())
+    if threshold <= smallest_threshold(values.dtype):
+        return int(values.count_nonzero())
+    return int((values.abs() >= threshold).sum())
 
 
 def sampled_threshold(acc: Tensor, k: float, step: int = 0) -> float:
-    """Return the magnitude that about ``k`` entries reach, from an evenly spaced sample of 65,536.
+    """Return the magnitude that about ``k`` entries reach, from a sample of 65,536.
 
     Args:
         acc: ``(n,)``, not empty.
         k: wanted count; the standard deviation of what is found is about ``k / sqrt(65536 k / n)``.
-        step: shifts the sample, so that the same entries are not looked at every time.
+        step: chooses the sample, so that the same entries are not looked at every time.
     """
-    stride = max(1, len(acc) // SAMPLE)
-    sample = acc[step % stride :: stride].abs()
+    sample = acc[sampled_places(len(acc), step).to(acc.device)].abs()
     rank = min(len(sample), max(1, round(k * len(sample) / len(acc))))
     return _kth_largest(sample, rank)
+
+
+def sampled_places(length: int, step: int = 0) -> Tensor:
+    """Return positions to look at: one at random in each of 65,536 equal parts, or all of a shorter vector.
+
+    Evenly spaced ones would see a few columns of a matrix and no others.
+    """
+    if length <= SAMPLE:
+        return torch.arange(length)
+    stride = length // SAMPLE
+    random = np.random.default_rng(step).integers(stride, size=length // stride)
+    return torch.from_numpy(random + stride * np.arange(length // stride))
 
 
 def largest(acc: Tensor, k: int) -> tuple[Tensor, float]:
@@ -121,4 +135,4 @@ def _kth_largest(magnitudes: Tensor, k: int) -> float:
     if magnitudes.device.type == "cpu":  # numpy's is several times as fast as torch's on one core
         place = len(magnitudes) - k
         return float(np.partition(magnitudes.numpy(), place)[place])
-    return float(magnitudes.kthvalue(len(magnitudes) - k + 1).values)
+    return float(magnitudes.topk(k).values[-1])

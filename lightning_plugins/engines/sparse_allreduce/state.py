@@ -87,6 +87,16 @@ class SparseAllreduceState:
         known = self.local.value is not None and self.overall.value is not None
         return not known or self.settings.threshold == "exact" or self.step % self.settings.threshold_every == 0
 
+    def why_not(self, elements: int, ranks: int) -> str:
+        """Return why this state does not fit a vector of so many elements on so many ranks, or ``""``."""
+        cuts = self.routings[0].cuts
+        if not cuts or (cuts[-1], len(cuts) - 1) == (elements, ranks):
+            return ""
+        return (
+            f"the state is of a vector of {cuts[-1]} elements on {len(cuts) - 1} ranks, acc has {elements} on {ranks}; "
+            "make a SparseAllreduceState for each vector and group"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Return thresholds, cuts and counters, plain values all."""
         return {
@@ -103,8 +113,9 @@ class SparseAllreduceState:
             InputError: if it is not such a state.
         """
         try:
-            self.step = int(state["step"])
-            self.local, self.overall = Threshold(**state["local_threshold"]), Threshold(**state["global_threshold"])
-            self.routings = [Routing(**routing) for routing in state["routings"]]
+            step = int(state["step"])
+            local, overall = Threshold(**state["local_threshold"]), Threshold(**state["global_threshold"])
+            first, *others = [Routing(**routing) for routing in state["routings"]]
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"this is no state of a sparse allreduce ({error}); give what state_dict returned") from error
+        self.step, self.local, self.overall, self.routings = step, local, overall, [first, *others]

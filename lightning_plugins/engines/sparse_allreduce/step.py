@@ -70,7 +70,8 @@ class SparseStep:
         self.exact = state.due
         self.report = Report(exact=self.exact)
         self._wire = Wire(state.settings.indices, state.settings.values, acc.dtype)
-        settings = {**asdict(state.settings), "cuts (checksum)": checksum([asdict(routing) for routing in state.routings])}
+        cuts = checksum([asdict(routing) for routing in state.routings])
+        settings = {**asdict(state.settings), "dtype": str(acc.dtype), "cuts (checksum)": cuts}
         self._alike = {"elements": len(acc), "k": k, "step": state.step, "settings": settings}
         self._sent: list[_Sent] = []
         self._thresholds = (state.local.value, state.overall.value)
@@ -144,6 +145,9 @@ class SparseStep:
         if settings.threshold != "reused":
             state.local.follow(report.candidates, report.beyond, self.k)
             state.overall.follow(report.candidates_globally, report.beyond_globally, self.k)
+        if state.overall.value == 0.0 and report.candidates_globally > self.k:
+            # Found where fewer than k sums were not zero, such as with a head that starts at zero; no factor leads away from it.
+            state.overall.value = None
         state.step += 1
 
     def _select(self, parts: Sequence[tuple[int, int]], unused: Sequence[tuple[int, int]]) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 CODES = ("int32", "delta16", "bitmap")
 FARTHEST = 0xFFFF  # what a 16-bit distance can say
+MOST_ELEMENTS = 1 << 32  # of a span: what a position of 32 bits, read without a sign, can say
 ALIGNMENT = 8  # of every message, so that bytes can be read as numbers where they lie
 _BFLOAT16_MAX = float(torch.finfo(torch.bfloat16).max)
 
@@ -47,7 +48,7 @@ class Wire:
             indices: ``(c,)`` sorted, in ``[start, start + span)``.
             values: ``(c,)``, already ``rounded``.
             start: first position of the span, known to the receiver.
-            span: its length, below 2^31, known to the receiver.
+            span: its length, up to ``MOST_ELEMENTS``, known to the receiver.
         """
         positions = indices - start
         code = self._shortest(positions, span) if self.indices == "auto" else self.indices
@@ -88,7 +89,7 @@ class Wire:
         elif CODES[code] == "bitmap":
             positions = _unpack_bits(coded, span)
         else:
-            positions = coded.view(torch.int32).to(torch.int64)
+            positions = coded.view(torch.int32).to(torch.int64) & (MOST_ELEMENTS - 1)
         kept = values != 0
         if not bool(kept.all()):
             positions, values = positions[kept], values[kept]

@@ -120,6 +120,13 @@ def test_the_small_words_are_few(count):
         assert set(of_rank.sent) <= {*PHASES, "agreement", "counts", "threshold", "cuts"}
 
 
+def test_fillers_of_far_entries_do_not_cut_anew_every_step():
+    """Where distances are above 65,535 the 16-bit code sends fillers; fresh cuts send as many."""
+    case = Case("random", 4_000_000, 12, 4, settings={"indices": "delta16", "values": "exact", "threshold": "reused"})
+    for of_rank in threads.run(measure, 2, case):
+        assert [moved.partitions for moved in of_rank][-1] <= 2
+
+
 def test_cuts_are_made_when_it_is_time_and_when_an_owner_would_be_overloaded():
     """Steady supports are cut again after the interval alone, though a region may hold the granularity more than k."""
     for kind, partitions in (

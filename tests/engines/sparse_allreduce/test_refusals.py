@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +32,14 @@ def changed(name, rank):
         call["acc"] = torch.ones(11)
     elif name == "another step" and strange:
         call["state"].step = 3
+    elif name == "another dtype" and strange:
+        call["acc"] = call["acc"].double()
+    elif name == "state of a shorter vector":
+        call["state"].routings[0].cuts = [0, 2, 4, 6]
+        call["state"].routings[0].owners = [0, 1, 2]
+    elif name == "state of two ranks":
+        call["state"].routings[0].cuts = [0, 6, 12]
+        call["state"].routings[0].owners = [0, 1]
     elif name == "other cuts":
         call["state"].routings[0].cuts = [0, 4, 9 if strange else 8, 12]
         call["state"].routings[0].owners = [0, 1, 2]
@@ -64,6 +73,9 @@ REFUSALS = {
     "another k": "^the ranks must agree in k: rank 0 has 4, rank 2 has 5; give all ranks the same",
     "another size": "agree in elements: rank 0 has 12, rank 2 has 11",
     "another step": "agree in step: rank 0 has 0, rank 2 has 3",
+    "another dtype": r"agree in dtype: rank 0 has torch\.float32, rank 2 has torch\.float64",
+    "state of a shorter vector": "rank 0: the state is of a vector of 6 elements on 3 ranks, acc has 12 on 3; make.*; rank 2: ",
+    "state of two ranks": "rank 1: the state is of a vector of 12 elements on 2 ranks, acc has 12 on 3; make a Sparse",
     "other cuts": r"agree in cuts \(checksum\): rank 0 has \d+, rank 2 has \d+; give all ranks the same .*checkpoint",
     "other indices": "agree in indices: rank 0 has auto, rank 2 has bitmap",
     "another interval": "agree in threshold_every: rank 0 has 32, rank 2 has 5",
@@ -72,7 +84,7 @@ REFUSALS = {
     "bfloat16": "rank 2: acc must be float32 or float64, got torch.bfloat16",
     "integers": "^rank 2: acc must be float32 or float64, got torch.int64",
     "not contiguous": r"^rank 2: acc must be contiguous, got strides \(1, 6\); call .contiguous\(\)",
-    "empty": "^rank 2: acc must have an element, got none",
+    "empty": r"^rank 2: acc must have 1 to 4294967296 elements, got 0; leave empty tensors out",
 }
 
 
@@ -158,11 +170,21 @@ def test_unknown_settings(settings, message):
 
 
 @pytest.mark.parametrize(
-    "state", [{}, {"step": "three"}, {"step": 1, "local_threshold": 0.1, "global_threshold": 0.1, "routings": [{"cut": []}]}]
+    "strange",
+    [{"step": "three"}, {"local_threshold": 0.1}, {"routings": [{"cut": []}]}, {"routings": []}, {"global_threshold": None}],
 )
-def test_a_foreign_state_is_refused(state):
+def test_a_foreign_state_is_refused_and_changes_nothing(strange):
+    state = SparseAllreduceState()
     with pytest.raises(InputError, match="this is no state of a sparse allreduce"):
-        SparseAllreduceState().load_state_dict(state)
+        state.load_state_dict({**SparseAllreduceState().state_dict(), "step": 7, **strange})
+    assert state.state_dict() == SparseAllreduceState().state_dict()
+
+
+def test_what_can_be_used_is_not_refused():
+    """A parameter's data that requires a gradient, and whole numbers of numpy."""
+    acc = torch.tensor([3.0, -1.0, 0.5, -4.0], requires_grad=True)
+    assert sparse_allreduce(acc, np.int64(2)).tolist() == [3.0, 0.0, 0.0, -4.0]
+    assert acc.tolist() == [0.0, -1.0, 0.5, 0.0]
 
 
 def steps_until_it_fails(rank, count):

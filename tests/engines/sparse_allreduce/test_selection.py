@@ -9,6 +9,7 @@ from lightning_plugins.engines.sparse_allreduce.selection import (
     SAMPLE,
     accumulate,
     largest,
+    sampled_places,
     sampled_threshold,
     select,
     smallest_threshold,
@@ -23,8 +24,7 @@ generator = np.random.default_rng(0)
 def misleading(where):
     """Return a long vector whose large entries lie only where a sample looks, or only where it does not."""
     values = generator.standard_normal(LONG) * 1e-3
-    places = np.arange(LONG) % (LONG // SAMPLE)
-    values[(places == 0) if where == "seen" else (places == 1)] += 5
+    values[sampled_places(LONG).numpy() + (where == "unseen")] += 5
     return values
 
 
@@ -97,6 +97,25 @@ def test_a_sample_finds_about_k():
     counts = [len(select(acc, threshold)) for threshold in thresholds]
     assert len(thresholds) > 10
     assert max(abs(count - k) for count in counts) < 4 * k / (SAMPLE * k / size) ** 0.5
+
+
+def test_a_sample_sees_the_columns_of_a_matrix():
+    """Of 2,048 columns of different scale, in rows of as many: even distances would meet the same few again and again."""
+    rng = np.random.default_rng(2)
+    size, k = 1 << 22, 1 << 16
+    acc = torch.from_numpy((rng.standard_normal((2048, 2048)) * np.exp(rng.standard_normal(2048))).astype(np.float32)).flatten()
+    for step in range(5):
+        count = len(select(acc, sampled_threshold(acc, k, step)))
+        assert abs(count - k) < 5 * k / (SAMPLE * k / size) ** 0.5
+
+
+def test_zeros_are_not_selected_where_denormals_count_as_zero():
+    acc = torch.tensor([0.0, 1.0, 0.0, -2.0])
+    torch.set_flush_denormal(True)
+    try:
+        assert select(acc, 0.0).tolist() == [1, 3]
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def test_a_whole_vector_is_its_own_sample():

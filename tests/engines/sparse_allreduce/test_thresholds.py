@@ -48,6 +48,27 @@ def test_a_reused_threshold_does_not():
     assert threads.run(count_candidates, 2, "servo")[0][-1] < 4 * K
 
 
+def test_a_threshold_of_zero_is_left():
+    """Fewer sums than k that are not zero, as where all layers but a last one of zeros have no gradient yet, then all of them."""
+    for exact, selected in threads.run(first_few_then_all, 2):
+        assert exact == [True, False, True, False, False]
+        assert selected[2] == K
+        assert max(selected[3:]) < 4 * K
+
+
+def first_few_then_all(rank, count):
+    state = SparseAllreduceState(threshold="servo")
+    exact, selected = [], []
+    acc = torch.zeros(SIZE)
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step * count + rank)
+        acc[: K // 4 if step == 0 else SIZE] += torch.randn(K // 4 if step == 0 else SIZE, generator=generator)
+        sparse_allreduce(acc, K, state=state)
+        exact.append(state.report.exact)
+        selected.append(state.report.candidates_globally)
+    return exact, selected
+
+
 def count_candidates(rank, count, threshold):
     state = SparseAllreduceState(threshold=threshold, threshold_every=10_000)
     acc = torch.zeros(SIZE)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_plugins.engines.sparse_allreduce.wire import ALIGNMENT, CODES, Wire
+from lightning_plugins.engines.sparse_allreduce.wire import ALIGNMENT, CODES, MOST_ELEMENTS, Wire
 from tests.engines.sparse_allreduce.oracle import nearest_bfloat16
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -55,6 +55,15 @@ def test_far_positions_take_fillers():
         assert wire.entries(header) == len(positions) + fillers
         places, values = wire.decode(header, message, 0, 1 << 20)
         assert (places.tolist(), values.tolist()) == (positions, [1.0] * len(positions))
+
+
+def test_positions_beyond_a_sign_bit():
+    """A region of more than 2^31 places; nothing of it is laid out in memory."""
+    positions = torch.tensor([5, (1 << 31) - 1, 1 << 31, MOST_ELEMENTS - 1])
+    for indices in ("int32", "auto"):
+        wire = Wire(indices, "exact", torch.float32)
+        header, message = wire.encode(positions, torch.ones(4), 0, MOST_ELEMENTS)
+        assert wire.decode(header, message, 0, MOST_ELEMENTS)[0].tolist() == positions.tolist()
 
 
 @pytest.mark.parametrize("span", range(1, 18))

@@ -74,9 +74,6 @@ class SharedMemory:
     def get_global_rank(self, group: object, rank: int) -> int:
         return rank
 
-    def get_backend(self, group: object = None) -> str:
-        return "gloo"
-
     def all_reduce(self, tensor: Tensor, op: Any, group: object = None) -> None:
         rows = torch.stack(self._meet(("all_reduce", tensor.shape, tensor.dtype), tensor.clone()))
         tensor.copy_(rows.sum(0) if op == dist.ReduceOp.SUM else rows.amax(0))
@@ -141,7 +138,12 @@ def run(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
             memory.barrier.abort()
             return None
 
-    with patch.object(exchange, "dist", memory), patch.object(rivals, "dist", memory), ThreadPoolExecutor(ranks) as pool:
+    with (
+        patch.object(exchange, "dist", memory),
+        patch.object(exchange, "wire_device", lambda group, device: device),
+        patch.object(rivals, "dist", memory),
+        ThreadPoolExecutor(ranks) as pool,
+    ):
         results = list(pool.map(call, range(ranks)))
     assert not failures, failures[0]
     assert not memory.barrier.broken, "a rank did not come to a collective"
