@@ -29,6 +29,7 @@ def built_for() -> str:
 
 if TYPE_CHECKING:
     from lightning_fabric.strategies.ddp import DDPStrategy as _FabricDDPStrategy
+    from lightning_fabric.utilities.exceptions import MisconfigurationException as MisconfigurationException
     from pytorch_lightning import Callback as Callback
     from pytorch_lightning import LightningDataModule as LightningDataModule
     from pytorch_lightning import LightningModule as LightningModule
@@ -59,6 +60,7 @@ else:
     WandbLogger = submodule("loggers").WandbLogger
     TorchCheckpointIO = submodule("plugins.io").TorchCheckpointIO
     DDPStrategy = submodule("strategies").DDPStrategy
+    MisconfigurationException = submodule("utilities.exceptions").MisconfigurationException
 
     def __getattr__(name: str) -> object:
         # jsonargparse is an extra, and slow to import for those who only want an adapter; few want Fabric.

@@ -1,7 +1,8 @@
 """Files beside a checkpoint that hold what differs by rank: ``<checkpoint>.ok_topk/<token>/rank0000.pt``.
 
-The checkpoint names the token of the files that belong to it. They are complete before the checkpoint is written, and those of an
-overwritten checkpoint stay until the next save: whenever a run is killed, the checkpoint that is found has its own files.
+The checkpoint names the token of the files that belong to it. They are complete before the checkpoint is written, by plugins that
+write at once, and those of an overwritten checkpoint stay until the next save: whenever a run is killed, the checkpoint that is
+found has its own files. With ``AsyncCheckpointIO`` each rank's writes keep their order, but ranks do not wait for each other.
 """
 
 from pathlib import Path
@@ -34,6 +35,8 @@ def file_of(checkpoint: str | Path, token: str, rank: int) -> str:
 def remove_older(checkpoint: str | Path, token: str) -> None:
     """Remove the files of all saves but the newest ones."""
     system, folder = fsspec.core.url_to_fs(folder_of(checkpoint))
+    if not system.exists(folder):  # a plugin that writes later has not come to it yet
+        return
     others = [entry for entry in system.ls(folder, detail=True) if not entry["name"].endswith(token)]
     others.sort(key=lambda entry: str(entry.get("mtime", entry.get("created", ""))))
     for entry in others[: max(0, len(others) - KEPT + 1)]:

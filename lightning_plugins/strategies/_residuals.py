@@ -1,5 +1,6 @@
 """What the strategies of Trainer and Fabric share around the state of Ok-Topk."""
 
+import inspect
 import pickle
 import warnings
 from typing import Any
@@ -7,12 +8,15 @@ from typing import Any
 import fsspec
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
+from torch.nn.parallel import DistributedDataParallel
 
-from lightning_plugins._support.errors import InputError
+from lightning_plugins._support.errors import InputError, nearest
 from lightning_plugins.engines.sparse_allreduce import OkTopkState, merge_rank_states
 from lightning_plugins.engines.sparse_allreduce.hook_options import HookOptions
 from lightning_plugins.engines.sparse_allreduce.settings import Settings
 from lightning_plugins.strategies import _rank_files as files
+
+MISSING = "there are no files"
 
 
 def check_log_every(log_every: Any) -> None:
@@ -28,11 +32,22 @@ def shown(options: HookOptions, settings: Settings) -> str:
     return ", ".join(f"{names.get(name, name)}={value!r}" for name, value in values.items())
 
 
-def check_ddp_options(ddp: dict[str, Any]) -> None:
-    """Refuse a second communication hook."""
+def check_ddp_options(ddp: dict[str, Any], strategy: type) -> None:
+    """Refuse a second communication hook, and what neither the strategy below nor DDP knows.
+
+    Args:
+        ddp: options that are not ours.
+        strategy: Lightning's, that gets them.
+    """
     for name in ("ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period"):
         if ddp.get(name) is not None:
             raise InputError(f"{name} cannot act beside Ok-Topk, which is the communication hook itself; leave it out")
+    known = {*inspect.signature(strategy).parameters, *inspect.signature(DistributedDataParallel).parameters}
+    known |= {*Settings.__dataclass_fields__, *HookOptions.__dataclass_fields__, "log_every"}
+    known -= {"kwargs", "module"}
+    for name in ddp:
+        if name not in known:
+            raise InputError(f"there is no option {name!r}; {nearest(name, known)}")
 
 
 def restore(state: OkTopkState, checkpoint: str, described: dict[str, Any]) -> None:
@@ -44,28 +59,35 @@ def restore(state: OkTopkState, checkpoint: str, described: dict[str, Any]) -> N
         described: what the checkpoint says of its files.
 
     Raises:
-        InputError: on every rank, if one has a file that cannot be read, or of another model.
+        InputError: on every rank, if one has a file that cannot be read, or of another model, or sees no files where others do.
     """
-    said = ""
+    said, found = "", None
     try:
-        _restore(state, checkpoint, described)
+        found = files.find(checkpoint, described["token"], described["ranks"])
+        if found is not None:
+            _restore(state, checkpoint, described["ranks"], found)
     except InputError as error:
         said = str(error)
-    for rank, of_rank in enumerate(state.everyone.all_gather_text(said)):
-        if of_rank:
+    folder = files.folder_of(checkpoint)
+    answers = state.everyone.all_gather_text(said or (MISSING if found is None else ""))
+    for rank, of_rank in enumerate(answers):
+        if of_rank not in ("", MISSING):
             raise InputError(said or f"rank {rank}: {of_rank}")
-
-
-def _restore(state: OkTopkState, checkpoint: str, described: dict[str, Any]) -> None:
-    saved_ranks, ranks = described["ranks"], state.nodes.ranks
-    found = files.find(checkpoint, described["token"], saved_ranks)
-    if found is None:
-        warnings.warn(
-            f"{checkpoint} was saved with residuals in {files.folder_of(checkpoint)}, and they are not there: what had not been "
-            "sent yet is lost; copy that folder beside the checkpoint to go on exactly",
-            stacklevel=3,
+    without = [rank for rank, of_rank in enumerate(answers) if of_rank == MISSING]
+    if 0 < len(without) < len(answers):
+        raise InputError(
+            f"ranks {without} do not see the residuals in {folder}, others do; put checkpoint and folder where all ranks can read"
         )
-        return
+    if without:
+        warnings.warn(
+            f"{checkpoint} was saved with residuals in {folder}, and they are not there: what had not been sent yet is lost; "
+            "copy that folder beside the checkpoint to go on exactly",
+            stacklevel=2,
+        )
+
+
+def _restore(state: OkTopkState, checkpoint: str, saved_ranks: int, found: list[str]) -> None:
+    ranks = state.nodes.ranks
     if saved_ranks == ranks:
         state.load_rank_state_dict(_load(found[state.nodes.rank]))
         return
@@ -100,19 +122,27 @@ class StepLog:
     def __init__(self, every: int) -> None:
         self._every = every
         self._passes = 0
+        self._advised = ""
 
     def values(self, state: OkTopkState) -> dict[str, float]:
         """Return what is to be logged after this step, by key; most steps nothing."""
+        if state.advice is not None and state.advice.sentence != self._advised:
+            self._advised = state.advice.sentence
+            rank_zero_info(self._advised)
         passes = state.passes - self._passes  # none where a second optimizer steps after the same pass
-        if not self._every or state.steps % self._every or not passes:
+        if not self._every or state.attempts % self._every or not passes:
             return {}
-        sent_bytes, received_bytes = state.traffic.total_bytes()
+        traffic = state.traffic
+        sent_bytes, received_bytes = traffic.total_bytes()
+        # What a measurement costs is not the method's.
+        sent_bytes -= traffic.sent_bytes["assumption"]
+        received_bytes -= traffic.received_bytes["assumption"]
         values = {
             **state.metrics,
             "sent_mb": 1e-6 * sent_bytes / passes,
             "received_mb": 1e-6 * received_bytes / passes,
-            **{f"{phase}_ms": 1e3 * seconds / passes for phase, seconds in state.traffic.seconds.items()},
+            **{f"{phase}_ms": 1e3 * seconds / passes for phase, seconds in traffic.seconds.items()},
         }
-        state.traffic.clear()
+        traffic.clear()
         self._passes = state.passes
         return {f"{files.KEY}/{name}": value for name, value in values.items()}

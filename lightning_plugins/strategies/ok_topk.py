@@ -1,6 +1,7 @@
 """Ok-Topk for any Trainer on several processes: ``Trainer(strategy=OkTopkStrategy(density=0.01))``."""
 
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_plugins._lightning import DDPStrategy, LightningModule, built_for
+from lightning_plugins._lightning import DDPStrategy, LightningModule, MisconfigurationException, built_for
 from lightning_plugins._support.errors import InputError
 from lightning_plugins.engines.sparse_allreduce import OkTopkState, ok_topk_hook
 from lightning_plugins.engines.sparse_allreduce.hook_options import HookOptions
@@ -24,8 +25,9 @@ class OkTopkStrategy(DDPStrategy):
     optimization. Checkpoints get a folder beside them with what differs by rank; a run that is resumed on as many ranks goes on
     with the same bits, on another number with the same mass. A step in which a rank's gradient is not finite is left out on all
     ranks. It logs, under ``ok_topk/``: ``selected_over_k``, ``reached_over_k``, ``selected_globally_over_k``,
-    ``load_imbalance``, ``residual_over_gradient``, ``gradient_norm``, ``assumption_ratio``, ``sent_mb`` and ``received_mb`` (a
-    step), ``skipped_count``, and the milliseconds of each phase.
+    ``load_imbalance``, ``residual_over_gradient`` and ``gradient_norm`` (of rank 0), ``assumption_ratio``, ``sent_mb`` and
+    ``received_mb`` (a step, between nodes), ``skipped_count``, ``predicted_gain`` (with ``auto``), and the milliseconds of each
+    phase. A second fit of the same module goes on with its residuals.
 
     Args:
         density: share of the gradient that is sent, in (0, 1].
@@ -71,7 +73,7 @@ class OkTopkStrategy(DDPStrategy):
         assumption_every: int = 0,
         **ddp: Any,
     ) -> None:
-        check_ddp_options(ddp)
+        check_ddp_options(ddp, DDPStrategy)
         check_log_every(log_every)
         unused = bool(ddp.get("find_unused_parameters", False))
         self._options = HookOptions(
@@ -82,6 +84,8 @@ class OkTopkStrategy(DDPStrategy):
         self.ok_topk: OkTopkState | None = None
         self._log, self._skips_seen = StepLog(log_every), 0
         self._restored_from: tuple[str, dict[str, Any]] | None = None
+        self._training: weakref.ref[nn.Module] | None = None  # what `ok_topk` has the residuals of
+        self._running = False
         super().__init__(**ddp)
 
     def __repr__(self) -> str:
@@ -96,6 +100,7 @@ class OkTopkStrategy(DDPStrategy):
                 "devices=N or --nproc-per-node N",
                 stacklevel=2,
             )
+        earlier = self.ok_topk if self._training is not None and self._training() is self.lightning_module else None
         self.ok_topk = OkTopkState(
             self.lightning_module,
             timeout=self._timeout,
@@ -106,7 +111,10 @@ class OkTopkStrategy(DDPStrategy):
         self.ok_topk.check_ranks()
         if self._restored_from is not None:
             restore(self.ok_topk, *self._restored_from)
+        elif earlier is not None:
+            self.ok_topk.load_rank_state_dict(earlier.rank_state_dict())
         self._log, self._skips_seen = StepLog(self._options.measure_every), self.ok_topk.skipped_count
+        self._training, self._running = weakref.ref(self.lightning_module), True
         super().configure_ddp()
 
     def _register_ddp_hooks(self) -> None:
@@ -122,7 +130,7 @@ class OkTopkStrategy(DDPStrategy):
         assert self.ok_topk is not None
         assert self.lightning_module is not None
         if values := self._log.values(self.ok_topk):
-            self.lightning_module.log_dict(values, on_step=True, on_epoch=False)
+            self._write(values)
         return output
 
     def rank_state_dict(self) -> dict[str, Any]:
@@ -152,11 +160,15 @@ class OkTopkStrategy(DDPStrategy):
             files.remove_older(filepath, token)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read the checkpoint, and remember its ranks' files until there is a state to take them."""
+        """Read the checkpoint, and its ranks' files: at once where a fit runs already (rate finders), else when it starts."""
         chosen = {} if weights_only is None else {"weights_only": weights_only}  # Lightning 2.5 has no such argument
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, **chosen)
         described = checkpoint.get(files.KEY)
         self._restored_from = None if described is None else (str(checkpoint_path), described)
+        if self._running and self._restored_from is not None:
+            assert self.ok_topk is not None
+            restore(self.ok_topk, *self._restored_from)
+            self._skips_seen = self.ok_topk.skipped_count
         return checkpoint
 
     def remove_checkpoint(self, filepath: Any) -> None:
@@ -168,17 +180,25 @@ class OkTopkStrategy(DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         """End the worker: Lightning calls no teardown after a crash."""
         super().on_exception(exception)
-        self._close()
+        self._close(failed=True)
 
     def teardown(self) -> None:
-        """End the worker."""
+        """End the worker and the process groups."""
         self._close()
         super().teardown()
 
-    def _close(self) -> None:
+    def _close(self, failed: bool = False) -> None:
         if self.ok_topk is not None:
-            self.ok_topk.close()
-        self._restored_from = None
+            self.ok_topk.close(keep_groups=failed)
+        self._restored_from, self._running = None, False
+
+    def _write(self, values: dict[str, float]) -> None:
+        assert self.lightning_module is not None
+        try:
+            self.lightning_module.log_dict(values, on_step=True, on_epoch=False)
+        except MisconfigurationException:  # an optimizer that steps in a hook where Lightning logs nothing by the step
+            for logger in self.lightning_module.loggers:
+                logger.log_metrics(values, step=self.lightning_module.global_step)
 
     def _loss_scale(self) -> float:
         scaler = getattr(self.precision_plugin, "scaler", None)

@@ -17,9 +17,10 @@ from lightning_plugins.strategies._residuals import check_ddp_options, check_log
 class OkTopkFabricStrategy(FabricDDPStrategy):
     """DDP in Fabric whose gradients travel as their largest entries; see `OkTopkStrategy`, whose options it has.
 
-    ``fabric.setup(module)`` makes the state, ``fabric.save`` and ``fabric.load`` (after ``setup``) write and read every rank's
-    residuals beside the checkpoint. Where a rank's gradient is not finite, ``optimizer.step()`` does nothing on any rank; with
-    a gradient scaler it is the scaler that leaves the step out. ``strategy.ok_topk.metrics`` holds what the last step measured.
+    ``fabric.setup(module)`` makes the state, ``fabric.save`` and ``fabric.load`` write and read every rank's residuals beside the
+    checkpoint. Where a rank's gradient is not finite, ``fabric.backward()`` leaves no gradient on any rank, so that
+    ``optimizer.step()`` finds none; with a gradient scaler it is the scaler that leaves the step out.
+    ``strategy.ok_topk.metrics`` holds what the last step measured.
 
     Args:
         density: share of the gradient that is sent, in (0, 1].
@@ -31,7 +32,7 @@ class OkTopkFabricStrategy(FabricDDPStrategy):
     """
 
     def __init__(self, density: float = 0.01, **options: Any) -> None:
-        check_ddp_options(options)
+        check_ddp_options(options, FabricDDPStrategy)
         settings = {name: options.pop(name) for name in Settings.__dataclass_fields__ if name in options}
         own = {name: options.pop(name) for name in HookOptions.__dataclass_fields__ if name in options}
         own.setdefault("unused_parameters", bool(options.get("find_unused_parameters", False)))
@@ -42,6 +43,8 @@ class OkTopkFabricStrategy(FabricDDPStrategy):
         self._options.check_settings(self._settings)
         self.ok_topk: OkTopkState | None = None
         self._skips_seen = 0
+        self._module: nn.Module | None = None
+        self._restored_from: tuple[str, dict[str, Any]] | None = None
         super().__init__(**options)
 
     def __repr__(self) -> str:
@@ -54,18 +57,23 @@ class OkTopkFabricStrategy(FabricDDPStrategy):
         self.ok_topk = OkTopkState(
             module, timeout=self._timeout, loss_scale=self._loss_scale, **vars(self._options), **vars(self._settings)
         )
+        self._module = module
         self.ok_topk.check_ranks()
+        if self._restored_from is not None:
+            self._restore(*self._restored_from)
         wrapped = super().setup_module(module)
         wrapped.register_comm_hook(self.ok_topk, ok_topk_hook)
         return wrapped
 
-    def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
-        """Step, unless a rank's gradient was not finite and no scaler sees to that."""
-        if self.ok_topk is not None and self.ok_topk.skipped_count > self._skips_seen:
-            self._skips_seen = self.ok_topk.skipped_count  # several passes may come before a step
-            if self._scaler() is None:
-                return None
-        return super().optimizer_step(optimizer, **kwargs)
+    def backward(self, tensor: Any, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        """Run backward; a pass that was left out leaves no gradient, unless a scaler has to see it to lower its scale."""
+        super().backward(tensor, module, *args, **kwargs)
+        if self.ok_topk is None or self.ok_topk.skipped_count == self._skips_seen:
+            return
+        self._skips_seen = self.ok_topk.skipped_count
+        if self._scaler() is None:
+            assert self._module is not None
+            self._module.zero_grad()
 
     def rank_state_dict(self) -> dict[str, Any]:
         """Return what this rank alone has: residuals, thresholds, cuts, counters; tensors and plain values."""
@@ -91,14 +99,19 @@ class OkTopkFabricStrategy(FabricDDPStrategy):
     def load_checkpoint(
         self, path: Any, state: Any = None, strict: bool = True, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read the checkpoint and, once there is a module, the residuals of this rank."""
+        """Read the checkpoint, and the residuals of this rank as soon as there is a module."""
         chosen = {} if weights_only is None else {"weights_only": weights_only}  # Lightning 2.5 has no such argument
         left: dict[str, Any] = super().load_checkpoint(path, state, strict, **chosen)
         described = left.pop(files.KEY, None)
         if described is not None and self.ok_topk is not None:
-            restore(self.ok_topk, str(path), described)
-            self._skips_seen = self.ok_topk.skipped_count
+            self._restore(str(path), described)
+        elif described is not None:
+            self._restored_from = str(path), described
         return left
+
+    def _restore(self, path: str, described: dict[str, Any]) -> None:
+        restore(self._state(), path, described)
+        self._skips_seen, self._restored_from = self._state().skipped_count, None
 
     def _state(self) -> OkTopkState:
         if self.ok_topk is None:

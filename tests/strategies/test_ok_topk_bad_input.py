@@ -76,6 +76,9 @@ def test_so_is_a_dense_step(ranks):
         ({"threshold": "sampled"}, "threshold='sampled' samples the whole gradient.*use threshold='servo'"),
         ({"ddp_comm_hook": print}, "ddp_comm_hook cannot act beside Ok-Topk"),
         ({"model_averaging_period": 2}, "model_averaging_period cannot act beside Ok-Topk"),
+        ({"treshold": "exact"}, "there is no option 'treshold'; did you mean threshold"),
+        ({"find_unused_parameter": True}, "no option 'find_unused_parameter'; did you mean find_unused_parameters"),
+        ({"density": "0.01"}, r"density must be in \(0, 1\], got '0.01'"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_at_once(strategy, options, sentence):
@@ -126,7 +129,6 @@ def refuse(rank, world_size):
         "threshold_every": tried(Net(), threshold_every=3 + rank),
         "model": tried(Net(hidden=16 + 4 * rank)),
         "nodes": tried(Net(), ranks_per_node=2),
-        "unknown": tried(Net(), treshold="exact"),
         "words": "trained" if fit(Words(sparse=False), world_size, OkTopkStrategy(**OPTIONS)) else "",
         "workers": workers(),
     }
@@ -142,7 +144,6 @@ def test_what_cannot_be_trained_is_refused_on_every_rank(ranks):
         "threshold_every": ("InputError", "must agree in threshold_every: rank 0 has 3, rank 1 has 4"),
         "model": ("InputError", "the shape of layers.0.bias: rank 0 has [16], rank 1 has [20]"),
         "nodes": ("InputError", "ranks_per_node must divide the 2 ranks into two nodes or more, got 2"),
-        "unknown": ("treshold",),
         "words": ("trained",),
     }.items():
         for said in (first[name], second[name]):

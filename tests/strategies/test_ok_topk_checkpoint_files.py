@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import time
 import warnings
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from lightning_plugins import OkTopkStrategy
-from lightning_plugins._lightning import ModelCheckpoint
+from lightning_plugins._lightning import ModelCheckpoint, submodule
 from lightning_plugins._support.failpoints import armed
+from lightning_plugins.strategies import _rank_files
 from lightning_plugins.strategies.atomic_checkpoint import AtomicCheckpointIO
 from tests.strategies.ok_topk_parts import BUCKETS, OPTIONS, STEPS, Net, assert_same, fit, refusal
 
@@ -47,6 +49,42 @@ def resume(rank, world_size, path, module=Net, **options):
         warnings.simplefilter("always")
         said = refusal(resumed)
     return found or said, [str(warning.message) for warning in caught if "residuals" in str(warning.message)]
+
+
+class Slow(AtomicCheckpointIO):
+    """Writes after a moment."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        time.sleep(0.3)
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+def save_later(rank, world_size, path):
+    plugin = submodule("plugins.io").AsyncCheckpointIO(Slow())
+    return fit(Net(save={4: path}), world_size, OkTopkStrategy(**OPTIONS, **BUCKETS, checkpoint_io=plugin))
+
+
+def test_a_plugin_that_writes_in_the_background_writes_all(ranks, tmp_path):
+    path = str(tmp_path / "a.ckpt")
+    whole = ranks.run(save_later, 2, path)
+    for (outcome, said), expected in zip(ranks.run(resume, 2, path), whole, strict=True):
+        assert said == []
+        assert_same(outcome, expected)
+
+
+def resume_blind(rank, world_size, path):
+    """Rank 1 does not see the files of the ranks."""
+    if rank == 1:
+        _rank_files.find = lambda *rest: None
+    return resume(rank, world_size, path, dense_steps=10)
+
+
+def test_files_that_some_ranks_do_not_see_are_named_on_all(ranks, tmp_path):
+    path = str(tmp_path / "a.ckpt")
+    ranks.run(save_one, 2, path)
+    for said, _ in ranks.run(resume_blind, 2, path):
+        assert "InputError: ranks [1] do not see the residuals in" in said
+        assert "a.ckpt.ok_topk, others do; put checkpoint and folder where all ranks can read" in said
 
 
 class Longer(Net):

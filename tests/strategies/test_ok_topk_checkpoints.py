@@ -143,7 +143,7 @@ def test_nodes_take_over_from_whole_nodes_alone(ranks, tmp_path):
         ranks.run(save, number, str(tmp_path))
     for unlike, other_nodes in ranks.run(resume_nodes, 4, str(tmp_path)):
         assert "are of 3 ranks, which are no whole nodes of 2; resume with the ranks_per_node" in unlike
-        assert "the state is of 2 ranks with 2 to a node, and there are 4 with 1" in other_nodes
+        assert "saved with ranks_per_node=2, and here it is 1, so that each rank holds other parts" in other_nodes
 
 
 @pytest.mark.slow

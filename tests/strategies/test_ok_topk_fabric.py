@@ -82,6 +82,77 @@ def test_a_step_with_nan_on_one_rank_is_as_if_it_had_not_been(ranks):
         assert_same(bad, without, but=("skipped",))
 
 
+class Steps:
+    """Batches of whose passes one is bad on rank 1, with optimizers that step in ways of their own."""
+
+    def __init__(self, world_size):
+        self.loop = Loop(world_size)
+        self.bad = {(2, 1)}
+
+    def backward(self, number, optimizers):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        rank = self.loop.fabric.global_rank
+        loss = self.loop.wrapped(batch(number, rank) * (float("nan") if (number, rank) in self.bad else 1.0))
+        self.loop.fabric.backward(loss)
+        return loss
+
+    def finite(self):
+        skipped = self.loop.fabric.strategy.ok_topk.skipped_count
+        return skipped, all(bool(parameter.isfinite().all()) for parameter in self.loop.module.parameters())
+
+
+def step_in_other_ways(rank, world_size):
+    found = {}
+    steps = Steps(world_size)
+    halves = [list(steps.loop.module.layers[place].parameters()) for place in (0, 2)]
+    optimizers = [steps.loop.fabric.setup_optimizers(torch.optim.SGD(half, lr=0.1)) for half in halves]
+    for number in range(4):
+        steps.backward(number, optimizers)
+        for optimizer in optimizers:
+            optimizer.step()
+    found["two optimizers"] = steps.finite()
+    steps = Steps(world_size)
+    for number in range(4):
+        steps.loop.wrapped_optimizer.step(lambda number=number: steps.backward(number, [steps.loop.wrapped_optimizer]))
+    found["a closure"] = steps.finite()
+    steps = Steps(world_size)
+    for number in range(4):
+        steps.backward(number, [steps.loop.wrapped_optimizer])
+        steps.loop.fabric.clip_gradients(steps.loop.wrapped, steps.loop.wrapped_optimizer, max_norm=0.1)
+        steps.loop.wrapped_optimizer.step()
+    found["clipping, where what is not finite is an error"] = steps.finite()
+    return found
+
+
+def test_nan_reaches_no_weight_however_the_optimizer_steps(ranks):
+    for found in ranks.run(step_in_other_ways, 2):
+        assert found == dict.fromkeys(found, (1, True))
+
+
+def load_first(rank, world_size, path):
+    """Read the weights before anything is set up, as one does who builds the model from the checkpoint."""
+    whole = Loop(world_size)
+    whole.train(range(4))
+    whole.save(path)
+    expected = whole.train(range(4, STEPS))
+    fabric = start(world_size)
+    module = Net()
+    optimizer = module.configure_optimizers()
+    state = fabric.load(path)
+    module.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    late = Loop.__new__(Loop)
+    late.fabric, late.module, late.optimizer = fabric, module, optimizer
+    late.wrapped, late.wrapped_optimizer = fabric.setup(module, optimizer)
+    return late.train(range(4, STEPS)), expected
+
+
+def test_residuals_that_are_loaded_before_setup_are_there_after_it(ranks, tmp_path):
+    for late, expected in ranks.run(load_first, 2, str(tmp_path / "a.ckpt")):
+        assert_same(late, expected)
+
+
 def resume(rank, world_size, path):
     whole = Loop(world_size)
     whole.train(range(4))

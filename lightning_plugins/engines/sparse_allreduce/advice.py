@@ -32,12 +32,14 @@ class Advice:
 
     Attributes:
         sparse: whether to send sparsely; None before that is known.
-        gain: predicted time of a dense reduction over that of a sparse one.
+        gain: predicted time of a dense reduction over that of a sparse one; 0 before it is known.
+        sentence: says so, with the times that it follows from; empty before.
     """
 
     def __init__(self) -> None:
         self.sparse: bool | None = None
         self.gain = 0.0
+        self.sentence = ""
         self._dense_s: list[float] = []
 
     def note_dense(self, seconds: float, buckets: int, state: "OkTopkState") -> None:
@@ -45,7 +47,8 @@ class Advice:
         self._dense_s.append(seconds)
         if len(self._dense_s) < DENSE_STEPS:
             return
-        exchange, k = state.exchange, state.k
+        # All ranks have to come to the same answer, those with other chunks of the gradient too.
+        exchange, k, everyone = state.exchange, state.k, state.everyone
         latency_s = _fastest(lambda: exchange.largest_integers([0], "agreement"))
         settings = state.cores[0].settings
         wire = Wire(settings.indices, settings.values, state.acc.dtype)
@@ -57,23 +60,21 @@ class Advice:
         compute_s, entry_bytes = _fastest(pack), pack() / k
         dense_s = min(self._dense_s[1:])  # what disturbs a measurement makes it longer
         # In microseconds, since what is compared over the ranks are whole numbers.
-        times = exchange.largest_integers([round(1e6 * t) for t in (dense_s, latency_s, compute_s)], "agreement")
+        times = everyone.largest_integers([round(1e6 * t) for t in (dense_s, latency_s, compute_s)], "agreement")
         dense_s, latency_s, compute_s = (1e-6 * max(t, 1) for t in times)
         share = (exchange.ranks - 1) / exchange.ranks
         bandwidth = 2 * state.acc.nbytes * share / dense_s
         rounds = ROUNDS * (1 if state.options.mode == "global" else buckets)
         sparse_s = compute_s + 3 * k * entry_bytes * share / max(bandwidth, 1.0) + rounds * latency_s
         self.gain = dense_s / sparse_s
-        self.sparse = exchange.largest_integers([int(self.gain >= WORTHWHILE)], "agreement")[0] == 1
-        if exchange.rank == 0:
-            log.info(
-                "Ok-Topk: a dense reduction takes %.1f ms, at %.0f MB/s; a sparse one would take %.1f ms, a gain of %.2fx: %s",
-                1e3 * dense_s,
-                1e-6 * bandwidth,
-                1e3 * sparse_s,
-                self.gain,
-                "going sparse" if self.sparse else f"staying dense, since that is below {WORTHWHILE}",
-            )
+        self.sparse = everyone.largest_integers([int(self.gain >= WORTHWHILE)], "agreement")[0] == 1
+        self.sentence = (
+            f"Ok-Topk: a dense reduction takes {1e3 * dense_s:.1f} ms, at {1e-6 * bandwidth:.0f} MB/s; a sparse one would take "
+            f"{1e3 * sparse_s:.1f} ms, a gain of {self.gain:.2f}x: "
+            f"{'going sparse' if self.sparse else f'staying dense, since that is below {WORTHWHILE}'}"
+        )
+        if everyone.rank == 0:
+            log.info(self.sentence)
 
 
 def _fastest(task: Callable[[], object], repeats: int = 5) -> float:

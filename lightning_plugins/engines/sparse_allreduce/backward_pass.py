@@ -52,6 +52,7 @@ class BackwardPass:
         self._scale = state.loss_scale()
         self._finite = True
         self._unused: list[tuple[int, int]] = []
+        self._earlier: list[tuple[Tensor, Tensor]] = []  # parts of the buckets that are not of this pass, and what they held
         self._complete: set[str] = set()  # parameters whose gradients are in `acc`
         self._sent = 0  # segments that are through
         self._final: list[tuple[Tensor, Tensor]] = []  # positions in the vector and sums
@@ -65,23 +66,24 @@ class BackwardPass:
         self.arrived.append(bucket)
         if self.state.options.unused_parameters:
             self._leave_out_unused(bucket)
-        if self.dense:
-            self._reduce_densely(bucket)
-        elif self.state.options.clip_norm is None:
-            self._accumulate(bucket, 1.0)
+        take = self._reduce_densely if self.dense else self._accumulate
+        if self.state.options.clip_norm is None:
+            take(bucket)
         elif bucket.last:
-            factor = self._clip_factor(self.state.options.clip_norm)
+            self._clip(self.state.options.clip_norm)
             for waiting in self.arrived:
-                self._accumulate(waiting, factor)
+                take(waiting)
         if not self.dense and (self.state.options.mode != "global" or bucket.last):
             self._send_ready()
         if bucket.last:
             self._finish()
+            for part, earlier in self._earlier:
+                part.copy_(earlier)
             # Last of all: whoever waits may ask for the state at once.
             for waiting in self.arrived:
                 waiting.future.set_result(waiting.buffer)
 
-    def _accumulate(self, bucket: Arrived, factor: float) -> None:
+    def _accumulate(self, bucket: Arrived) -> None:
         """Add a bucket to its residuals."""
         state = self.state
         with state.traffic.timing("inside_node"):
@@ -89,20 +91,22 @@ class BackwardPass:
         with state.traffic.timing("accumulate"):
             for start, place, length in state.layout.runs(bucket.names):
                 part = slice(place, place + length)
-                finite = accumulate(state.residual[part], gradient[start : start + length], state.acc[part], factor / self._scale)
+                finite = accumulate(state.residual[part], gradient[start : start + length], state.acc[part], 1.0 / self._scale)
                 self._finite = self._finite and finite
         self._complete.update(bucket.names)
 
     def _leave_out_unused(self, bucket: Arrived) -> None:
         """Keep what waits for parameters without a gradient on any rank: DDP throws away what the hook says of them.
 
-        Their part of the bucket may hold what an earlier pass has left in ``.grad``.
+        Their part of the bucket may hold what an earlier pass has left in ``.grad``, or be ``.grad`` itself
+        (``gradient_as_bucket_view``), so that it is put back afterwards.
         """
         layout = self.state.layout
         used = self.state.everyone.largest_integers([int(name in bucket.used) for name in bucket.names], "agreement")
         parts = bucket.buffer.split(self._whole_sizes(bucket))
         for name, part, by_any in zip(bucket.names, parts, used, strict=True):
             if not by_any:
+                self._earlier.append((part, part.clone()))
                 part.zero_()
                 self._unused.append((layout.starts[name], layout.starts[name] + layout.sizes[name]))
 
@@ -152,6 +156,8 @@ class BackwardPass:
             self._finish_densely()
             return
         state.skipped = any(step.report.skipped for step in self._steps)
+        if state.nodes.inside > 1:  # so far, only ranks with the same chunks know of each other
+            state.skipped = state.everyone.largest_integers([int(state.skipped)], "agreement")[0] == 1
         for step in self._steps:
             step.report.skipped = state.skipped
         if state.skipped:
@@ -162,7 +168,7 @@ class BackwardPass:
         if not state.skipped:
             state.residual, state.acc = state.acc, state.residual
             state.steps += 1
-        state.metrics = {**_counted([step.report for step in self._steps], state), **measured}
+        state.metrics = {**_counted([step.report for step in self._steps], state), **measured, **_advised(state)}
         with state.traffic.timing("unpack"):
             self._fill_buckets()
         composition = [bucket.names for bucket in self.arrived]
@@ -202,14 +208,14 @@ class BackwardPass:
             gradient[start : start + length] = state.acc[part]
         mean = state.exchange.add(gradient.div_(state.nodes.ranks), "dense")
         state.nodes.gather(mean, self._whole_sizes(bucket), bucket.buffer)
-        # The mean is the same on all ranks, and so is what follows from it.
-        self._finite = self._finite and (math.isfinite(float(mean.sum())) or bool(bucket.buffer.isfinite().all()))
+        # What all have gathered is the same on all ranks, and so is what follows from it.
+        self._finite = self._finite and (math.isfinite(float(bucket.buffer.sum())) or bool(bucket.buffer.isfinite().all()))
         self._dense_s += time.perf_counter() - started_s
 
     def _finish_densely(self) -> None:
         state = self.state
         state.skipped = not self._finite
-        state.metrics = {"skipped_count": float(state.skipped_count + state.skipped)}
+        state.metrics = {"skipped_count": float(state.skipped_count + state.skipped), **_advised(state)}
         if state.skipped:
             state.skipped_count += 1
             self._fill_buckets()
@@ -222,11 +228,13 @@ class BackwardPass:
         if state.advice is not None and state.advice.sparse is None:
             state.advice.note_dense(self._dense_s, len(self.arrived), state)
 
-    def _clip_factor(self, clip_norm: float) -> float:
-        """Return what brings this rank's gradient to its share of the norm; 1 for one that is not finite, which is seen later."""
+    def _clip(self, clip_norm: float) -> None:
+        """Bring this rank's gradient to its share of the norm; one that is not finite stays as it is, and is seen later."""
         norm = math.sqrt(sum(float(bucket.buffer.double().square().sum()) for bucket in self.arrived)) / self._scale
         limit = clip_norm / math.sqrt(self.state.nodes.ranks)
-        return limit / norm if math.isfinite(norm) and norm > limit else 1.0
+        if math.isfinite(norm) and norm > limit:
+            for bucket in self.arrived:
+                bucket.buffer.mul_(limit / norm)
 
     def _whole_sizes(self, bucket: Arrived) -> list[int]:
         return [math.prod(self.state.shapes[name]) for name in bucket.names]
@@ -243,3 +251,8 @@ def _counted(reports: list[Report], state: "OkTopkState") -> dict[str, float]:
         "load_imbalance": sum(report.most_received for report in reports) / even if even else 1.0,
         "skipped_count": float(state.skipped_count),
     }
+
+
+def _advised(state: "OkTopkState") -> dict[str, float]:
+    gain = 0.0 if state.advice is None else state.advice.gain
+    return {"predicted_gain": gain} if gain else {}

@@ -71,6 +71,7 @@ class OkTopkState:
         skipped_count: how many were.
         steps: reduced so far, dense ones included and skipped ones not.
         metrics: of the last step, by name.
+        attempts: steps, with those that were left out.
         everyone: all ranks, of all nodes.
         residual: ``(elements,)``, what waits on this rank.
     """
@@ -111,7 +112,9 @@ class OkTopkState:
         timeout = timeout_of(group, first.device) if timeout is None else timeout
         self.nodes = Nodes(group, ranks_per_node, timeout, first.device)
         self.exchange = Exchange(self.nodes.between, first.device, self.cores[0].traffic)
-        self.everyone = Exchange(dist.new_group(_members(group), timeout=timeout), first.device)
+        everyone = dist.new_group(_members(group), timeout=timeout)
+        self.everyone = Exchange(everyone, first.device)
+        self._groups = [*self.nodes.groups, everyone]
         # Backward fills the last layers first: in this order buckets lie in few runs.
         sizes = {name: self.nodes.chunk(math.prod(self.shapes[name])) for name in reversed(self.shapes)}
         self.layout = Layout(sizes, [list(sizes)])
@@ -130,6 +133,11 @@ class OkTopkState:
 
     def __repr__(self) -> str:
         return f"OkTopkState({self.options}, {self.cores[0]!r})"
+
+    @property
+    def attempts(self) -> int:
+        """Steps so far, those that were left out among them."""
+        return self.steps + self.skipped_count
 
     @property
     def traffic(self) -> Traffic:
@@ -164,7 +172,7 @@ class OkTopkState:
         return given
 
     def check_ranks(self) -> None:
-        """Compare model and settings over all ranks, once.
+        """Compare model, settings and steps over all ranks, once before the first step and once after a state was loaded.
 
         Raises:
             InputError: on every rank, naming the first difference.
@@ -222,14 +230,23 @@ class OkTopkState:
             for core, saved in zip(self.cores, state["cores"], strict=True):
                 core.load_state_dict(saved)
         self.steps, self.skipped_count = state["steps"], state["skipped_count"]
+        self._checked = False
         if self.advice is not None and state["sparse"] is not None:
             self.advice.sparse = state["sparse"]
 
-    def close(self) -> None:
-        """End the worker thread, and let go of the parameters."""
+    def close(self, *, keep_groups: bool = False) -> None:
+        """End the worker thread, let go of the parameters, and end the process groups that were made here.
+
+        Args:
+            keep_groups: after a failure, when ending them could wait for ranks that are lost.
+        """
         self._worker.close()
         for handle in self._watching:
             handle.remove()
+        if not keep_groups and dist.is_initialized():
+            for group in self._groups:
+                dist.destroy_process_group(group)
+        self._groups = []
 
     def _process(self, bucket: Arrived) -> None:
         """Do a bucket's work, in the worker; whatever goes wrong arrives where backward waits."""
@@ -257,7 +274,8 @@ def _members(group: dist.ProcessGroup | None) -> list[int]:
 def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     wrapped = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
     assert isinstance(wrapped, nn.Module)
-    found = {name: parameter for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    ignored = set(getattr(wrapped, "_ddp_params_and_buffers_to_ignore", ()))
+    found = {name: p for name, p in wrapped.named_parameters() if p.requires_grad and name not in ignored}
     if not found:
         raise InputError("the module has no parameter that requires a gradient; there is nothing to reduce")
     for name, parameter in found.items():

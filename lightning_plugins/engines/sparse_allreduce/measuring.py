@@ -20,7 +20,7 @@ def measure(state: "OkTopkState", final: list[tuple[Tensor, Tensor]]) -> dict[st
         final: positions and sums of the step's result.
     """
     options, found = state.options, {}
-    step = state.steps + 1  # that this one will be: whoever logs counts it
+    step = state.attempts + 1  # that this one will be: whoever logs counts it
     if options.measure_every and step % options.measure_every == 0:
         gradient_norm = float(torch.linalg.vector_norm(state.acc - state.residual))
         found["gradient_norm"] = gradient_norm

@@ -24,10 +24,15 @@ def check_fits(state: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], ra
                 f"the state is of another model: parameter {name} is {_shape(there)} in it and {_shape(here)} here; load the "
                 "checkpoint into the model that it was saved from"
             )
-    if counts != (ranks, ranks_per_node):
+    if counts[1] != ranks_per_node:
         raise InputError(
-            f"the state is of {counts[0]} ranks with {counts[1]} to a node, and there are {ranks} with {ranks_per_node}; "
-            "merge_rank_states brings the states of all ranks to another number of ranks"
+            f"the state was saved with ranks_per_node={counts[1]}, and here it is {ranks_per_node}, so that each rank holds "
+            f"other parts of the gradient; give ranks_per_node={counts[1]}"
+        )
+    if counts[0] != ranks:
+        raise InputError(
+            f"the state is of {counts[0] * counts[1]} ranks, and there are {ranks * ranks_per_node}; merge_rank_states brings "
+            "the states of all ranks to another number of ranks"
         )
 
 

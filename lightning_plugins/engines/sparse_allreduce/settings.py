@@ -53,5 +53,5 @@ class Settings:
 
 def check_density(density: float) -> None:
     """Refuse a share of the gradient that is not in (0, 1]."""
-    if not 0.0 < density <= 1.0:
-        raise InputError(f"density must be in (0, 1], got {density}; 0.01 sends 1 % of the gradient")
+    if not isinstance(density, (int, float)) or not 0.0 < density <= 1.0:
+        raise InputError(f"density must be in (0, 1], got {density!r}; 0.01 sends 1 % of the gradient")

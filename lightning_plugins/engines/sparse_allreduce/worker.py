@@ -37,9 +37,10 @@ class Worker:
             self._jobs.put(job)
 
     def close(self) -> None:
-        """End the thread after the jobs that are queued."""
+        """End the thread after the jobs that are queued; one that waits for a lost rank ends with the process."""
         if self._thread is not None:
             self._jobs.put(None)
+            self._thread.join(timeout=1.0)
             self._thread = None
 
     def _run(self) -> None:
