@@ -1,4 +1,4 @@
-"""Ok-Topk: gradients travel as their largest entries, summed for at most 6 k words from and to each rank.
+"""Ok-Topk: gradients travel as their largest entries, k of them, summed for at most 6 k words of entries from and to each rank.
 
 Everything works over ``torch.distributed`` with any number of ranks, on gloo and on NCCL, inside and outside of a Trainer.
 """

@@ -1,4 +1,4 @@
-"""``sparse_allreduce``: the sum over ranks of the entries that are largest, for at most 6 k words from and to each rank.
+"""``sparse_allreduce``: the sum over ranks of the largest entries, for at most 6 k words of entries from and to each rank.
 
     acc = residual + gradient                       # on each rank
     update = sparse_allreduce(acc, k) / ranks       # the same bits on every rank

@@ -2,7 +2,8 @@
 
 FSDP2 reduce-scatters the gradients of a wrapped module inside its mesh, and then calls a hook with this rank's shard, in the
 order of the backward pass. If the mesh spans one node, what is left is the sum over nodes: here sparse, with a residual for each
-wrapped module. A shard's thresholds are its own, since the others' gradients are not there yet.
+wrapped module. A shard's thresholds are its own, since the others' gradients are not there yet; and whether it is finite is known
+to the ranks that hold it alone, when others have been sent already.
 """
 
 from collections.abc import Callable
@@ -32,8 +33,9 @@ class ShardedOkTopk:
         InputError: for a density out of range, or a module that FSDP2 does not shard or whose mesh spans the group already.
 
     Attributes:
-        skipped_count: shards whose gradient was not finite: they came out NaN on all ranks, and their residuals stayed as they
-            were.
+        skipped_count: shards of this rank whose gradient was not finite: they came out NaN on all ranks that hold them, and
+            their residuals stayed as they were. Where the optimizer's step is left out then, on all ranks, as gradient scalers
+            do, `take_back` returns what other shards have sent for nothing.
         traffic: bytes and seconds by phase between nodes.
     """
 
@@ -46,6 +48,7 @@ class ShardedOkTopk:
         self.traffic = Traffic()
         self.states: dict[str, SparseAllreduceState] = {}
         self.residuals: dict[str, Tensor] = {}
+        self._before: dict[str, tuple[Tensor | None, dict[str, Any]]] = {}
         wrapped = {name: part for name, part in module.named_modules() if isinstance(part, FSDPModule)}
         if not wrapped:
             raise InputError("the module has no part that fully_shard has wrapped; wrap it over a mesh of one node first")
@@ -54,6 +57,16 @@ class ShardedOkTopk:
             self.states[name] = SparseAllreduceState(**settings)
             self.states[name].traffic = self.traffic
             part.set_all_reduce_hook(self._hook_of(name))
+
+    def take_back(self) -> None:
+        """Undo what the last backward pass did to residuals and thresholds, for its step is left out; call it on all ranks."""
+        for name, (residual, state) in self._before.items():
+            self.states[name].load_state_dict(state)
+            if residual is None:
+                self.residuals.pop(name, None)
+            else:
+                self.residuals[name] = residual
+        self._before.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return residuals and thresholds of this rank: tensors and plain values."""
@@ -100,6 +113,7 @@ class ShardedOkTopk:
             gradient = shard.to(torch.promote_types(shard.dtype, torch.float32))
             acc = gradient.clone() if residual is None else gradient + residual.to(shard.device)
             k = max(round(self.density * len(acc)), self.ranks)
+            self._before[name] = residual, self.states[name].state_dict()
             try:
                 total = sparse_allreduce(acc, k, state=self.states[name], group=self.group)
             except FloatingPointError:

@@ -184,6 +184,29 @@ def test_it_goes_on_with_the_same_bits_and_leaves_out_what_is_not_finite(ranks, 
         assert found == (True, True, True, True, 2), "same bits, residuals and thresholds untouched, NaN everywhere, two modules"
 
 
+def take_back(rank, world_size):
+    """A row of rank 3's second layer is NaN: other shards do not know of it, and send; return what is different afterwards."""
+    sharded = Sharded(threshold_every=3)
+    sharded.train(range(4))
+    before = copy.deepcopy(sharded.ok_topk.state_dict())
+    sharded.module.zero_grad()
+    value = loss(sharded.module, 4, rank)
+    out = sharded.module(torch.ones(1, 6, dtype=torch.float64))
+    (value + out[0, 0] * (float("nan") if rank == 3 else 0.0)).backward()
+    norm = nn.utils.clip_grad_norm_(sharded.module.parameters(), 1.0)
+    sent = any(not torch.equal(sharded.ok_topk.residuals[name], kept) for name, kept in before["residuals"].items())
+    sharded.ok_topk.take_back()
+    after = sharded.ok_topk.state_dict()
+    same = all(torch.equal(after["residuals"][name], kept) for name, kept in before["residuals"].items())
+    return sent, same, after["states"] == before["states"], bool(norm.full_tensor().isfinite())
+
+
+def test_what_was_sent_for_a_step_that_is_left_out_can_be_taken_back(ranks):
+    results = ranks.run(take_back, INSIDE * BETWEEN)
+    assert any(sent for sent, *_ in results)
+    assert [rest for _, *rest in results] == [[True, True, False]] * 4, "and a gradient norm tells every rank to leave it out"
+
+
 def refuse(rank, world_size):
     sharded = Sharded()
     between, inside = sharded.mesh.get_group("between"), sharded.mesh.get_group("inside")
