@@ -167,12 +167,12 @@ def test_a_closed_state_leaves_no_group_behind(ranks):
 
 
 def busiest(rank, world_size):
-    """Return what the report of a streamed step says of the busiest ranks, and the same added up from every segment."""
+    """Return what the report of a step with exact thresholds says of the busiest ranks, and that added up from every segment."""
     selected = []
     reduce = step.split_and_reduce
     step.split_and_reduce = lambda indices, *rest: (selected.append(len(indices)), reduce(indices, *rest))[1]
     module = net()
-    wrapped, state = hooked(module, {"density": 0.05})
+    wrapped, state = hooked(module, {"density": 0.05, "threshold": "exact"})
     for number in range(4):
         selected.clear()
         loss_of(wrapped, rank, number).backward()
