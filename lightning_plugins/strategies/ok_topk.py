@@ -43,7 +43,7 @@ class OkTopkStrategy(DDPStrategy):
         values: ``exact`` or ``bfloat16``.
         ranks_per_node: above 1, so many ranks reduce densely among themselves, and only nodes sparsely.
         clip_norm: each rank clips its gradient to ``clip_norm / sqrt(ranks)`` before the selection; with ``mode="global"``.
-        auto: stay dense if measurements in the first steps promise less than 1.1 times the speed.
+        auto: time the first steps, dense ones and sparse ones, and stay dense if these are not 1.1 times as fast.
         log_every: steps between two logs.
         assumption_every: steps between two measurements of the paper's assumption, two dense reductions each; 0 for none.
         ddp: further arguments of ``DDPStrategy``, such as ``find_unused_parameters``, ``bucket_cap_mb`` or ``timeout``.

@@ -168,6 +168,8 @@ class BackwardPass:
         if not state.skipped:
             state.residual, state.acc = state.acc, state.residual
             state.steps += 1
+            if state.advice is not None:
+                state.advice.note(state, dense=False, exact=self._steps[0].exact)
         state.metrics = {**_counted([step.report for step in self._steps], state), **measured, **_advised(state)}
         with state.traffic.timing("unpack"):
             self._fill_buckets()
@@ -225,8 +227,8 @@ class BackwardPass:
         for start, end, waiting in kept:
             state.residual[start:end] = waiting
         state.steps += 1
-        if state.advice is not None and state.advice.sparse is None:
-            state.advice.note_dense(self._dense_s, len(self.arrived), state)
+        if state.advice is not None:
+            state.advice.note(state, dense=True, reduction_s=self._dense_s)
 
     def _clip(self, clip_norm: float) -> None:
         """Bring this rank's gradient to its share of the norm; one that is not finite stays as it is, and is seen later."""

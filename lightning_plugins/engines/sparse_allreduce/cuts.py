@@ -12,7 +12,7 @@ own support instead. Where supports are disjoint, one region can then receive up
 import torch
 from torch import Tensor
 
-from lightning_plugins.engines.sparse_allreduce.exchange import Exchange
+from lightning_plugins.engines.sparse_allreduce.exchange import Exchange, counting_type
 
 FEWEST_BINS, MOST_BINS = 256, 4096
 ENTRIES_PER_BIN = 32  # so that a histogram's words are few beside the entries
@@ -25,14 +25,14 @@ def histogram_cuts(indices: Tensor, size: int, k: int, exchange: Exchange) -> tu
     Args:
         indices: ``(c,)`` sorted, this rank's support.
         size: length of the vector.
-        k: entries that a region should get.
+        k: entries that a region should get, and that a rank has at most.
         exchange: the ranks.
     """
     ranks = exchange.ranks
     bins = min(MOST_BINS, max(FEWEST_BINS, 1 << max(0, k // ENTRIES_PER_BIN - 1).bit_length()))
     # Intervals that hold a cut each: [low, low + width), with this many entries of all ranks before them.
     edges = _edges(torch.zeros(1, dtype=torch.int64), torch.tensor([size]), bins)
-    counts = _counted(indices, edges, exchange)[0]
+    counts = _counted(indices, edges, k, exchange)[0]
     total = int(counts.sum())
     targets = torch.tensor([total * cut // ranks for cut in range(1, ranks)], dtype=torch.int64)
     if ranks == 1 or total == 0:
@@ -44,7 +44,7 @@ def histogram_cuts(indices: Tensor, size: int, k: int, exchange: Exchange) -> tu
     while bool(((held > finest) & (high - low > 1)).any()):
         parts = max(2, bins // (ranks - 1))
         edges = _edges(low, high, parts)
-        counts = _counted(indices, edges, exchange)
+        counts = _counted(indices, edges, k, exchange)
         before = torch.cat([counts.new_zeros(len(counts), 1), counts.cumsum(1)], dim=1) + passed[:, None]
         inside = (torch.searchsorted(before, targets[:, None], right=True).clamp(1, parts) - 1).flatten()
         rows = torch.arange(ranks - 1)
@@ -71,7 +71,7 @@ def _edges(low: Tensor, high: Tensor, parts: int) -> Tensor:
     return low[:, None] + (high - low)[:, None] * steps // parts
 
 
-def _counted(indices: Tensor, edges: Tensor, exchange: Exchange) -> Tensor:
-    """Return how many entries of all ranks lie in each bin, ``(intervals, parts)``."""
+def _counted(indices: Tensor, edges: Tensor, k: int, exchange: Exchange) -> Tensor:
+    """Return how many entries of all ranks, k of each at most, lie in each bin, ``(intervals, parts)``."""
     places = torch.searchsorted(indices, edges.to(indices.device)).cpu()
-    return exchange.add(torch.diff(places, dim=1).to(torch.int32), "cuts").to(torch.int64)
+    return exchange.add(torch.diff(places, dim=1).to(counting_type(k * exchange.ranks)), "cuts").to(torch.int64)

@@ -54,6 +54,11 @@ class Traffic:
         self.seconds.clear()
 
 
+def counting_type(most: int) -> torch.dtype:
+    """Return the integers in which counts up to ``most`` are added up over the ranks."""
+    return torch.int32 if most < 1 << 31 else torch.int64
+
+
 class Exchange:
     """The ranks of a group.
 

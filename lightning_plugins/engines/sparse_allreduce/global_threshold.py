@@ -2,7 +2,7 @@
 
 Positive floating-point numbers are ordered as their bits are. So the threshold is found eight bits at a time, from the top: all
 ranks add up a histogram of the next eight bits of those entries whose bits so far agree, and walk it from its largest bin down
-to the k-th entry. That is four all-reduces of 256 counts in float32, however many entries there are; the paper gathers them all.
+to the k-th entry. That is four all-reduces of 256 counts for float32, however many entries there are; the paper gathers them all.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_plugins.engines.sparse_allreduce.exchange import Exchange
+from lightning_plugins.engines.sparse_allreduce.exchange import Exchange, counting_type
 from lightning_plugins.engines.sparse_allreduce.selection import count_reaching
 from lightning_plugins.engines.sparse_allreduce.threshold import PROBE
 
@@ -44,7 +44,9 @@ def reached(values: Tensor, threshold: float, exchange: Exchange) -> GlobalChoic
     return GlobalChoice(kept, counts, threshold, sum(counts), sum(beyond for _, beyond in rows))
 
 
-def choose(values: Tensor, threshold: float | None, budget: int, order: list[int], exchange: Exchange) -> GlobalChoice:
+def choose(
+    values: Tensor, threshold: float | None, budget: int, order: list[int], exchange: Exchange, *, most: int
+) -> GlobalChoice:
     """Choose entries of at least a magnitude, and no more than a budget over all ranks: then the largest.
 
     Args:
@@ -53,12 +55,13 @@ def choose(values: Tensor, threshold: float | None, budget: int, order: list[int
         budget: entries of all ranks together; 0 chooses none.
         order: ranks, in the order in which entries of equal magnitude are taken.
         exchange: the ranks.
+        most: entries that all ranks together have at most.
     """
     choice = None if threshold is None else reached(values, threshold, exchange)
     if choice is not None and choice.candidates <= budget:
         return choice
     magnitudes = values.abs() if choice is None else torch.where(choice.kept, values.abs(), 0)
-    exact = kth_largest(magnitudes, budget, exchange) if budget > 0 else float("inf")
+    exact = kth_largest(magnitudes, budget, exchange, most) if budget > 0 else float("inf")
     above, ties = magnitudes > exact, (magnitudes == exact) & (magnitudes > 0)
     row = [int(above.sum()), int(ties.sum()), count_reaching(values, PROBE * exact)]
     rows = exchange.all_gather_integers(row, "counts")
@@ -76,13 +79,14 @@ def choose(values: Tensor, threshold: float | None, budget: int, order: list[int
     return GlobalChoice(kept, counts, exact, sum(counts), sum(beyond for _, _, beyond in rows))
 
 
-def kth_largest(magnitudes: Tensor, k: int, exchange: Exchange) -> float:
+def kth_largest(magnitudes: Tensor, k: int, exchange: Exchange, most: int) -> float:
     """Return the k-th largest over all ranks, or 0 if fewer than ``k`` are above 0.
 
     Args:
         magnitudes: ``(c,)``, 0 or more, ``float32`` or ``float64``.
         k: 1 or more.
         exchange: the ranks.
+        most: entries that all ranks together have at most.
     """
     width, integers = (31, torch.int32) if magnitudes.dtype == torch.float32 else (63, torch.int64)
     bits = magnitudes.contiguous().view(integers).to(torch.int64)
@@ -91,8 +95,9 @@ def kth_largest(magnitudes: Tensor, k: int, exchange: Exchange) -> float:
     while shift > 0:
         digit = min(DIGIT_BITS, shift)
         shift -= digit
-        counts = exchange.add(torch.bincount(bits >> shift & (1 << digit) - 1, minlength=1 << digit), "threshold")
-        from_top = counts.flip(0).cumsum(0)
+        counts = torch.bincount(bits >> shift & (1 << digit) - 1, minlength=1 << digit)
+        counts = exchange.add(counts.to(counting_type(most)), "threshold")
+        from_top = counts.to(torch.int64).flip(0).cumsum(0)
         if int(from_top[-1]) < left:
             return 0.0
         place = int((from_top >= left).nonzero()[0])

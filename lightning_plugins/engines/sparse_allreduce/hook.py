@@ -54,7 +54,7 @@ class OkTopkState:
         ranks_per_node: above 1, ranks of a node, side by side in the group, reduce densely among themselves.
         clip_norm: each rank clips its gradient to ``clip_norm / sqrt(ranks)`` before it is added to the residual.
         unused_parameters: whether backward passes may leave parameters out.
-        auto: stay dense if measurements in the first steps promise less than 1.1 times the speed.
+        auto: time the first steps, dense ones and sparse ones, and stay dense if these are not 1.1 times as fast.
         measure_every: steps between two measurements of norms; 0 for none.
         assumption_every: steps between two measurements of the paper's assumption; 0 for none.
         group: the ranks; the default group if left out.
@@ -147,7 +147,7 @@ class OkTopkState:
     @property
     def dense(self) -> bool:
         """Whether the coming step reduces the whole gradient."""
-        return self.steps < self.options.dense_steps or (self.advice is not None and not self.advice.sparse)
+        return self.steps < self.options.dense_steps or (self.advice is not None and self.advice.dense)
 
     def take(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Queue a bucket and return the future of its mean over all ranks."""

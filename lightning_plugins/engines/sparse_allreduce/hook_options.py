@@ -23,7 +23,7 @@ class HookOptions:
             ``clip_norm / sqrt(ranks)`` before it is added to the residual.
         unused_parameters: whether backward passes may leave parameters out (DDP's ``find_unused_parameters``): what waits
             for such a parameter is not sent then, since DDP would throw it away.
-        auto: measure in the first dense steps whether sparse ones would be faster by ``WORTHWHILE`` or more, else stay dense.
+        auto: time some dense and some sparse steps at the start, and stay dense if these are not faster by ``WORTHWHILE``.
         measure_every: steps between two measurements of norms; 0 for none.
         assumption_every: steps between two measurements of the paper's assumption, two dense reductions each; 0 for none.
     """

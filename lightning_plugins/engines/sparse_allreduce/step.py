@@ -210,9 +210,9 @@ class SparseStep:
 
     def _choose(self, order: list[int], parts: Sequence[tuple[int, int]], owned: Tensor, sums: Tensor) -> GlobalChoice:
         """Return this rank's entries in the final set; what is left of the budget goes to the parts in their order."""
-        left = self.k - self.report.selected_globally
+        left, most = self.k - self.report.selected_globally, self.k * self.exchange.ranks
         if self.exact:
-            return choose(sums, None, left, order, self.exchange)
+            return choose(sums, None, left, order, self.exchange, most=most)
         threshold = self._thresholds[1]
         assert threshold is not None
         choice = reached(sums, threshold, self.exchange)
@@ -221,7 +221,7 @@ class SparseStep:
         ends = torch.tensor([end for _, end in parts[:-1]], dtype=torch.int64, device=owned.device)
         kept, counts = [], [0] * self.exchange.ranks
         for of_part in sums.tensor_split(torch.searchsorted(owned, ends).tolist()):
-            chosen = choose(of_part, threshold, left, order, self.exchange)
+            chosen = choose(of_part, threshold, left, order, self.exchange, most=most)
             kept.append(chosen.kept)
             counts = [before + more for before, more in zip(counts, chosen.counts, strict=True)]
             left -= sum(chosen.counts)

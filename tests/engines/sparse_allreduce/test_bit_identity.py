@@ -8,6 +8,7 @@ REPEATS = 5
 CASES = [
     Case("heavy", 1000, 60, 3, settings={"threshold_every": 2}),
     Case("drifting", 1000, 60, 3, settings={"values": "bfloat16", "indices": "delta16"}),
+    Case("random", 1000, 60, 4, settings={"threshold": "reused", "threshold_every": 3}),
 ]
 
 

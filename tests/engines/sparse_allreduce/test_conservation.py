@@ -44,6 +44,15 @@ def test_two_hundred_steps(count, kind, threshold):
     assert check(case, count, per_rank) > 200 * 15
 
 
+@pytest.mark.parametrize("count", [2, 3, 5, 6, 7, 12, 15, 16])
+@pytest.mark.parametrize("values", ["exact", "bfloat16"])
+def test_reused_thresholds_on_any_number_of_ranks(count, values):
+    settings = {"threshold": "reused", "threshold_every": 5, "repartition_every": 3, "values": values}
+    case = Case("drifting", 500, 32, 12, settings=settings, integers=True)
+    (per_rank,) = zip(*threads.run(play, count, [case]), strict=True)
+    assert check(case, count, per_rank) > 12 * 16
+
+
 def test_two_hundred_steps_over_a_process_group(ranks):
     case = Case("heavy", 500, 30, 200, settings={"threshold_every": 7, "values": "bfloat16"}, integers=True)
     (per_rank,) = zip(*ranks.run(play, 2, [case]), strict=True)

@@ -103,47 +103,36 @@ def test_the_assumption_holds_exactly_where_everything_is_sent():
     assert nothing == pytest.approx(1.0)
 
 
-def advised(rank, world_size):
-    """Return what `auto` decides between dense and sparse for half a million parameters, and how often it was dense."""
+def advised(rank, world_size, width, density):
+    """Return what `auto` decides for a square layer, and which of the first steps were dense."""
     torch.set_num_threads(1)
-    module = nn.Linear(1000, 500)
-    ddp = nn.parallel.DistributedDataParallel(module)
-    state = OkTopkState(ddp, 0.01, auto=True)
+    ddp = nn.parallel.DistributedDataParallel(nn.Linear(width, width))
+    state = OkTopkState(ddp, density, auto=True)
     ddp.register_comm_hook(state, ok_topk_hook)
-    dense = 0
-    for _ in range(7):
-        dense += state.dense
-        ddp(torch.randn(4, 1000)).square().mean().backward()
+    dense = ""
+    for _ in range(14):
+        dense += "d" if state.dense else "s"
+        ddp(torch.randn(4, width)).square().mean().backward()
     return state.advice.sparse, state.advice.gain, dense
 
 
 @pytest.mark.netns
 def test_auto_goes_sparse_on_a_slow_link(ranks, hosts):
     slow = hosts(2, bandwidth_bytes_per_s=2.5e6)
-    for sparse, gain, dense in ranks.run(advised, 2, hosts=slow.place(0, 1)):
+    for sparse, gain, dense in ranks.run(advised, 2, 700, 0.01, hosts=slow.place(0, 1)):
         assert sparse is True
         assert gain > 3
-        assert dense == 4
+        assert dense == "dddddsssssssss"
 
 
-def test_auto_stays_dense_where_sparse_steps_would_not_pay(ranks):
-    """Between two processes of one machine an allreduce of some kilobytes costs less than the rounds of a sparse step."""
-    for sparse, gain, dense in ranks.run(advised_of_little, 2):
+@pytest.mark.parametrize(("width", "density"), [(30, 0.1), (1400, 0.2)])
+def test_auto_stays_dense_where_sparse_steps_do_not_pay(ranks, width, density):
+    """Between two processes of one machine: the rounds of a sparse step cost more than a small allreduce, its work more than a
+    large one."""
+    for sparse, gain, dense in ranks.run(advised, 2, width, density):
         assert sparse is False
         assert gain < 1.1
-        assert dense == 7
-
-
-def advised_of_little(rank, world_size):
-    module = nn.Linear(30, 20)
-    ddp = nn.parallel.DistributedDataParallel(module)
-    state = OkTopkState(ddp, 0.1, auto=True)
-    ddp.register_comm_hook(state, ok_topk_hook)
-    dense = 0
-    for _ in range(7):
-        dense += state.dense
-        ddp(torch.randn(4, 30)).square().mean().backward()
-    return state.advice.sparse, state.advice.gain, dense
+        assert dense == "dddddssssssddd"
 
 
 def steps_without_end(rank, world_size):

@@ -59,6 +59,15 @@ def test_over_several_steps(count, steps, threshold):
     check(cases, count, threads.run(play, count, cases))
 
 
+@pytest.mark.parametrize("count", [3, 5, 6, 7, 12, 15, 16])
+@pytest.mark.parametrize("threshold", ["reused", "servo"])
+def test_between_exact_thresholds_on_any_number_of_ranks(count, threshold):
+    """Two steps of six compute thresholds, the others use them again or follow the count."""
+    settings = {"threshold": threshold, "threshold_every": 4, "repartition_every": 3}
+    cases = [Case(kind, 400, 24, 6, settings=settings) for kind in ("random", "drifting", "cancel")]
+    check(cases, count, threads.run(play, count, cases))
+
+
 def test_whatever_the_route_and_the_wire():
     """Cuts, owners and codes change who adds and how it is written, and no bit of what comes out."""
     routes = [{"cuts": cuts, "owners": owners} for cuts in ("histogram", "average") for owners in ("local", "rank")]
