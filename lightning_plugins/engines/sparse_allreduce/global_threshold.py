@@ -5,6 +5,7 @@ ranks add up a histogram of the next eight bits of those entries whose bits so f
 to the k-th entry. That is four all-reduces of 256 counts for float32, however many entries there are; the paper gathers them all.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ class GlobalChoice:
         threshold: the least magnitude among them, or what was asked for.
         candidates: entries that reached the threshold, before the budget cut some off.
         beyond: those of them that reached ``PROBE`` times the threshold.
+        labels: what each rank has said of its kept entries beside their number.
     """
 
     kept: Tensor
@@ -34,14 +36,24 @@ class GlobalChoice:
     threshold: float
     candidates: int
     beyond: int
+    labels: list[list[int]] | None = None
 
 
-def reached(values: Tensor, threshold: float, exchange: Exchange) -> GlobalChoice:
-    """Return all entries of at least a magnitude; zeros are never among them."""
+def reached(
+    values: Tensor, threshold: float, exchange: Exchange, label: Callable[[Tensor], list[int]] = lambda kept: []
+) -> GlobalChoice:
+    """Return all entries of at least a magnitude; zeros are never among them.
+
+    Args:
+        values: ``(c,)``, this rank's entries.
+        threshold: the magnitude.
+        exchange: the ranks.
+        label: returns what all are told of the kept entries in the same collective, as many integers on every rank.
+    """
     kept = (values.abs() >= threshold) & (values != 0)
-    rows = exchange.all_gather_integers([int(kept.sum()), count_reaching(values, PROBE * threshold)], "counts")
-    counts = [count for count, _ in rows]
-    return GlobalChoice(kept, counts, threshold, sum(counts), sum(beyond for _, beyond in rows))
+    rows = exchange.all_gather_integers([int(kept.sum()), count_reaching(values, PROBE * threshold), *label(kept)], "counts")
+    counts = [row[0] for row in rows]
+    return GlobalChoice(kept, counts, threshold, sum(counts), sum(row[1] for row in rows), [row[2:] for row in rows])
 
 
 def choose(

@@ -23,6 +23,7 @@ from lightning_plugins.engines.sparse_allreduce.owners import MOST_RANKS, assign
 from lightning_plugins.engines.sparse_allreduce.settings import Settings
 from lightning_plugins.engines.sparse_allreduce.wire import Wire
 
+FEW_RANKS = 16  # up to which everyone is told everyone's counts, in one collective instead of two
 UNEVEN = 1.125  # times the mean: what the fullest rank may have without dealing out
 
 
@@ -137,14 +138,49 @@ def _prepare(
         for owner, (places, of_region, start, end) in zip(routing.owners, parts, strict=True):
             headers[owner], messages[owner] = wire.encode(places, of_region, start, end - start)
     with exchange.traffic.timing("counts"):
+        if exchange.ranks <= FEW_RANKS:
+            everyone = exchange.all_gather_integers(headers, "counts")
+            incoming = [of_source[exchange.rank] for of_source in everyone]
+            loads = [
+                sum(wire.entries(of_source[owner]) for rank, of_source in enumerate(everyone) if rank != owner)
+                for owner in range(exchange.ranks)
+            ]
+            return messages, incoming, max(loads)
         incoming = [header for (header,) in exchange.all_to_all_integers([[header] for header in headers], "counts")]
         load = sum(wire.entries(header) for rank, header in enumerate(incoming) if rank != exchange.rank)
-        most_received = exchange.largest_integers([load], "counts")[0]
-    return messages, incoming, most_received
+        return messages, incoming, exchange.largest_integers([load], "counts")[0]
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A rank's entries as they are sent to all.
+
+    Attributes:
+        label: header, start and span, by which they are read.
+        message: ``uint8``.
+    """
+
+    label: list[int]
+    message: Tensor
+
+
+def packed(indices: Tensor, values: Tensor, wire: Wire) -> Parcel:
+    """Return entries, sorted by ``indices`` and rounded, as a parcel."""
+    start = int(indices[0]) if len(indices) else 0
+    span = int(indices[-1]) + 1 - start if len(indices) else 0
+    header, message = wire.encode(indices, values, start, span)
+    return Parcel([header, start, span], message)
 
 
 def balance_and_allgather(
-    indices: Tensor, values: Tensor, counts: list[int], order: list[int], wire: Wire, exchange: Exchange
+    indices: Tensor,
+    values: Tensor,
+    counts: list[int],
+    order: list[int],
+    wire: Wire,
+    exchange: Exchange,
+    parcel: Parcel | None = None,
+    labels: list[list[int]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the entries of all ranks, the same on each.
 
@@ -155,19 +191,21 @@ def balance_and_allgather(
         order: ranks by the region that they own: where the entries lie evenly, slices stay where they are.
         wire: code of the messages.
         exchange: the ranks.
+        parcel: these entries, where they are packed already.
+        labels: of all ranks' parcels, where they are known already.
     """
     traffic = exchange.traffic
     with traffic.timing("balance"):
         if max(counts) * exchange.ranks > UNEVEN * sum(counts):
             indices, values = _dealt_out(indices, values, counts, order, wire, exchange)
+            parcel = labels = None
     with traffic.timing("allgather"):
-        start = int(indices[0]) if len(indices) else 0
-        span = int(indices[-1]) + 1 - start if len(indices) else 0
-        header, message = wire.encode(indices, values, start, span)
-        rows = exchange.all_gather_integers([header, start, span], "counts")
-        lengths = [wire.message_bytes(of_rank, length) for of_rank, _, length in rows]
-        parts = exchange.all_gather_bytes(message, lengths, "allgather")
-        decoded = [wire.decode(row[0], part, row[1], row[2]) for row, part in zip(rows, parts, strict=True)]
+        if parcel is None or labels is None:
+            parcel = packed(indices, values, wire)
+            labels = exchange.all_gather_integers(parcel.label, "counts")
+        lengths = [wire.message_bytes(header, span) for header, _, span in labels]
+        parts = exchange.all_gather_bytes(parcel.message, lengths, "allgather")
+        decoded = [wire.decode(header, part, start, span) for (header, start, span), part in zip(labels, parts, strict=True)]
         return torch.cat([places for places, _ in decoded]), torch.cat([of_rank for _, of_rank in decoded])
 
 
@@ -183,9 +221,8 @@ def _dealt_out(
     rows, messages = [[0, 0, 0]] * ranks, [torch.empty(0, dtype=torch.uint8)] * ranks
     for owner, places, of_slot in zip(order, indices.split(sizes), values.split(sizes), strict=True):
         if len(places):
-            start, span = int(places[0]), int(places[-1] - places[0]) + 1
-            header, messages[owner] = wire.encode(places, of_slot, start, span)
-            rows[owner] = [header, start, span]
+            parcel = packed(places, of_slot, wire)
+            rows[owner], messages[owner] = parcel.label, parcel.message
     incoming = exchange.all_to_all_integers(rows, "counts")
     lengths = [wire.message_bytes(header, span) for header, _, span in incoming]
     parts = exchange.all_to_all_bytes(messages, lengths, "balance")

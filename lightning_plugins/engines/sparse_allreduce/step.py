@@ -6,7 +6,7 @@ sent by itself, and the selection is the same. Nothing is changed before `commit
 and the step is then left out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_plugins.engines.sparse_allreduce.agreement import FINE, NOT_FINITE, agree, checksum
 from lightning_plugins.engines.sparse_allreduce.exchange import Exchange
 from lightning_plugins.engines.sparse_allreduce.global_threshold import GlobalChoice, choose, reached
-from lightning_plugins.engines.sparse_allreduce.reduction import Routing, balance_and_allgather, split_and_reduce
+from lightning_plugins.engines.sparse_allreduce.reduction import Parcel, Routing, balance_and_allgather, packed, split_and_reduce
 from lightning_plugins.engines.sparse_allreduce.selection import count_reaching, largest, sampled_threshold, select, trim
 from lightning_plugins.engines.sparse_allreduce.state import Report, SparseAllreduceState
 from lightning_plugins.engines.sparse_allreduce.threshold import PROBE
@@ -192,13 +192,21 @@ class SparseStep:
     ) -> tuple[Tensor, Tensor]:
         """Choose the final set among the reduced entries, spread it, and keep what is left to be done."""
         local, _ = self._thresholds
+        parcel: Parcel | None = None
+
+        def label(kept: Tensor) -> list[int]:  # nearly always what reaches the threshold is what is sent
+            nonlocal parcel
+            parcel = packed(owned[kept], self._wire.rounded(sums[kept]), self._wire)
+            return parcel.label
+
         with self.exchange.traffic.timing("threshold"):
-            choice = self._choose(order, parts, owned, sums)
+            choice = self._choose(order, parts, owned, sums, label)
         if self.exact:
             self._thresholds = (local, choice.threshold)
         owned, sums = owned[choice.kept], sums[choice.kept]
         rounded = self._wire.rounded(sums)
-        places, final = balance_and_allgather(owned, rounded, choice.counts, order, self._wire, self.exchange)
+        wire, exchange = self._wire, self.exchange
+        places, final = balance_and_allgather(owned, rounded, choice.counts, order, wire, exchange, parcel, choice.labels)
         if not bool(final.isfinite().all()):  # sums of finite values have overflowed; every rank sees the same
             self.report.skipped = True
             return places[:0], final[:0]
@@ -208,14 +216,21 @@ class SparseStep:
         self._sent.append(_Sent(chosen, self.acc[chosen] - values, owned, sums - rounded, places, final))
         return places, final
 
-    def _choose(self, order: list[int], parts: Sequence[tuple[int, int]], owned: Tensor, sums: Tensor) -> GlobalChoice:
+    def _choose(
+        self,
+        order: list[int],
+        parts: Sequence[tuple[int, int]],
+        owned: Tensor,
+        sums: Tensor,
+        label: Callable[[Tensor], list[int]],
+    ) -> GlobalChoice:
         """Return this rank's entries in the final set; what is left of the budget goes to the parts in their order."""
         left, most = self.k - self.report.selected_globally, self.k * self.exchange.ranks
         if self.exact:
             return choose(sums, None, left, order, self.exchange, most=most)
         threshold = self._thresholds[1]
         assert threshold is not None
-        choice = reached(sums, threshold, self.exchange)
+        choice = reached(sums, threshold, self.exchange, label)
         if choice.candidates <= left:
             return choice
         ends = torch.tensor([end for _, end in parts[:-1]], dtype=torch.int64, device=owned.device)

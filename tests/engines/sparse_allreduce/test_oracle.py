@@ -59,7 +59,7 @@ def test_over_several_steps(count, steps, threshold):
     check(cases, count, threads.run(play, count, cases))
 
 
-@pytest.mark.parametrize("count", [3, 5, 6, 7, 12, 15, 16])
+@pytest.mark.parametrize("count", [3, 5, 6, 7, 12, 15, 16, 18])
 @pytest.mark.parametrize("threshold", ["reused", "servo"])
 def test_between_exact_thresholds_on_any_number_of_ranks(count, threshold):
     """Two steps of six compute thresholds, the others use them again or follow the count."""
