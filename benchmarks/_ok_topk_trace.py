@@ -34,18 +34,33 @@ class Event(NamedTuple):
     sent_bytes: int
 
 
+class Pause(torch.autograd.Function):
+    """Lets backward wait as long as an accelerator would compute, with the processor free meanwhile."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, seconds: float) -> Tensor:
+        context.seconds = seconds
+        return x.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        time.sleep(context.seconds)
+        return gradient, None
+
+
 class Block(nn.Module):
     """A layer added to its input, so that all layers have gradients of the same order."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, pause_s: float) -> None:
         super().__init__()
-        self.layer = nn.Linear(width, width)
+        self.layer, self.pause_s = nn.Linear(width, width), pause_s
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tanh(self.layer(x))
+        y = torch.tanh(self.layer(x))
+        return x + (Pause.apply(y, self.pause_s) if self.pause_s else y)
 
 
-def trace(rank: int, ranks: int, mode: str, layers: int, width: int, batch: int) -> list[list[Event]]:
+def trace(rank: int, ranks: int, mode: str, layers: int, width: int, batch: int, pause_s: float) -> list[list[Event]]:
     """Train in plain DDP and return the events of each ordinary step between two exact ones.
 
     Args:
@@ -55,9 +70,10 @@ def trace(rank: int, ranks: int, mode: str, layers: int, width: int, batch: int)
         layers: of the network, a bucket each.
         width: of each layer.
         batch: of each rank.
+        pause_s: that backward waits at each layer.
     """
     torch.manual_seed(0)
-    net = nn.Sequential(*(Block(width) for _ in range(layers)))
+    net = nn.Sequential(*(Block(width, pause_s) for _ in range(layers)))
     ddp = nn.parallel.DistributedDataParallel(net, bucket_cap_mb=4 * (width * width + width) / 2**20)
     state = OkTopkState(ddp, 0.01, mode=mode, threshold_every=EXACT_EVERY)
     ddp.register_comm_hook(state, ok_topk_hook)

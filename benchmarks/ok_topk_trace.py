@@ -1,16 +1,18 @@
 """When the bytes leave: in mode streamed before the last gradient exists, in mode global after it.
 
-Claim: with several buckets, Ok-Topk in mode ``streamed`` sends most of an ordinary step's bytes while backward still computes,
-although thresholds and budget are those of the whole model; in mode ``global``, the paper's, nothing leaves before the last
-gradient is there. A hook on every parameter notes when its gradient has been computed, before DDP hears of it; every collective
-of the engine is timed from outside. A collective's bytes count as having left before the last gradient if the collective had
-*returned* by then; those of one that had only begun are shown beside. The watched steps are all ordinary ones between two that
-compute thresholds exactly: those have to wait for the last bucket in any mode. The timeline shows the first of them; the shares
-are of all.
+Claim: with several buckets, Ok-Topk in mode ``streamed`` sends an ordinary step's bytes while backward still computes, although
+thresholds and budget are those of the whole model; in mode ``global``, the paper's, nothing leaves before the last gradient is
+there. And where backward leaves the processors alone, as it does on an accelerator, the step ends sooner for it. A hook on every
+parameter notes when its gradient has been computed, before DDP hears of it; every collective of the engine is timed from
+outside. A collective's bytes count as having left before the last gradient if the collective had *returned* by then; those of one
+that had only begun are shown beside. The watched steps are all ordinary ones between two that compute thresholds exactly: those
+have to wait for the last bucket in any mode. The timeline shows the first of them; the shares are of all.
 
-Two ranks with one thread each on one machine: on two cores backward and the sending thread share a rank's core.
+Two settings, of two ranks with one thread each on one machine. `processor`: backward computes on the cores that select and send
+as well, and bytes go through memory. `stand-in for an accelerator`: backward sleeps 20 ms a layer with batches of 8, and the
+ranks are in network namespaces with links of 20 Mbit/s. **Nothing here has run on an accelerator.**
 
-Run: python benchmarks/ok_topk_trace.py [--layers N] [--width N] [--batch N]
+Run (as root): python benchmarks/ok_topk_trace.py [--layers N] [--width N]
 Writes: benchmarks/results/ok_topk_trace.csv: the events of the timeline's step on both ranks, after the shares.
 """
 
@@ -22,7 +24,13 @@ from _ok_topk import real_ranks
 from _ok_topk_trace import Event, trace
 from _results import write_results
 
-RANKS = 2
+from tests.ranks.hosts import Hosts, why_not
+
+RANKS, MBIT = 2, 20.0
+SETTINGS = {
+    "processor": {"batch": 512, "pause_s": 0.0},
+    "stand-in for an accelerator": {"batch": 8, "pause_s": 0.02},
+}
 TIMELINE_COLUMNS = 60
 
 
@@ -64,24 +72,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=512)
     given = parser.parse_args()
+    if reason := why_not():
+        raise SystemExit(f"{reason}; this benchmark needs hosts of its own")
     rows, summary = [], []
-    with real_ranks() as ranks:
-        for mode in ("streamed", "global"):
-            per_rank = ranks.run(trace, RANKS, mode, given.layers, given.width, given.batch, timeout_s=300)
+    with real_ranks() as ranks, Hosts(RANKS, bandwidth_bytes_per_s=MBIT * 1e6 / 8) as hosts:
+        for name, mode in ((name, mode) for name in SETTINGS for mode in ("streamed", "global")):
+            plan = (mode, given.layers, given.width, *SETTINGS[name].values())
+            placed = hosts.place(*range(RANKS)) if name != "processor" else None
+            per_rank = ranks.run(trace, RANKS, *plan, hosts=placed, timeout_s=300)
             for rank, steps in enumerate(per_rank):
-                setting = {"mode": mode, "rank": rank, **vars(given)}
+                setting = {"setting": name, "mode": mode, "rank": rank, **vars(given)}
                 for event in sorted(steps[0], key=lambda event: event.start_s):
                     times = {"start_ms": f"{1e3 * event.start_s:.2f}", "end_ms": f"{1e3 * event.end_s:.2f}"}
                     sent = event.sent_bytes or None
                     rows.append({**setting, "kind": event.kind, "name": event.name, **times, "sent_bytes": sent})
                 summary.append({**setting, "kind": "share", **shares(steps)})
-            print(f"\nmode {mode}, rank 0; | a gradient, = a collective", *timeline(per_rank[0][0]), sep="\n")
+            print(f"\n{name}, mode {mode}, rank 0; | a gradient, = a collective", *timeline(per_rank[0][0]), sep="\n")
     print()
     for row in summary:
         print(
-            f"{row['mode']}, rank {row['rank']}: of {row['sent_bytes']:,d} bytes in {row['steps']} steps, "
+            f"{row['setting']}, {row['mode']}, rank {row['rank']}: of {row['sent_bytes']:,d} bytes in {row['steps']} steps, "
             f"{row['share_left_before']} had left when the last gradient was there, {row['share_begun_before']} in calls begun; "
             f"medians: last gradient at {row['last_gradient_ms']} ms, last collective's end at {row['last_collective_ms']} ms"
         )
