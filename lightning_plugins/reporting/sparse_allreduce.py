@@ -234,7 +234,8 @@ def draw_mass(traces: Mapping[str, Curve], title: str = "") -> bytes:
     """Draw by how much the mass of update and residuals misses that of the gradients, against steps.
 
     Args:
-        traces: ``(step, error relative to the mass)`` of each run; an exact 0 is drawn at the floor, which is named.
+        traces: ``(step, error relative to the mass)`` of each run; the axis is logarithmic down to a tenth of the least of them,
+            and has an exact 0 below.
         title: a line above.
 
     Returns:
@@ -243,15 +244,14 @@ def draw_mass(traces: Mapping[str, Curve], title: str = "") -> bytes:
     figure, (axes,) = _figure(title)
     palette = _palette(traces)
     errors = [abs(error) for points in traces.values() for _, error in points if error]
-    floor = min([*errors, 1e-3]) / 10
+    least = min([*errors, 1e-3]) / 10
     for number, (name, points) in enumerate(traces.items()):
-        heights = [max(abs(error), floor) for _, error in points]
-        # The first lies on top: a line at the floor would hide it.
+        # The first lies on top: where others are 0 as well they would hide it.
         style = {"color": palette[name], "marker": ".", "markersize": 2, "zorder": 10 - number}
-        axes.plot([step for step, _ in points], heights, label=name, **style)
-    axes.axhline(floor, color="black", linewidth=0.8, linestyle=":", label="exactly 0")
+        axes.plot([step for step, _ in points], [abs(error) for _, error in points], label=name, **style)
     axes.set_xlabel("step")
-    axes.set_yscale("log")
+    axes.set_yscale("symlog", linthresh=least)
+    axes.set_ylim(-least / 3, 2 * max([*errors, least]))
     axes.set_ylabel("|residuals + update - gradients| / |gradients|")
     axes.grid(alpha=0.25)
     return _with_legend(figure)
