@@ -28,26 +28,46 @@ class Timings:
 
     Attributes:
         dense_s: by bytes of the buffer, medians of the slowest rank.
-        sparse_s: likewise, of a step of Ok-Topk.
-        words: of four bytes that this rank sent or received, whichever is more, in each phase of the last sparse step.
+        sparse: by elements of the vector, of Ok-Topk.
+    """
+
+    dense_s: dict[float | None, dict[int, float]] = field(default_factory=dict)
+    sparse: dict[int, "Sparse"] = field(default_factory=dict)
+
+
+@dataclass
+class Sparse:
+    """Steps of Ok-Topk over a vector.
+
+    Attributes:
+        seconds: by bandwidth, medians of the slowest rank.
+        words: of four bytes that this rank sent or received, whichever is more, in each phase of the last step.
         chosen: sorted indices that this rank selected in that step.
         final: sorted indices of its result.
     """
 
-    dense_s: dict[float | None, dict[int, float]] = field(default_factory=dict)
-    sparse_s: dict[float | None, float] = field(default_factory=dict)
+    seconds: dict[float | None, float] = field(default_factory=dict)
     words: dict[str, float] = field(default_factory=dict)
     chosen: Any = None
     final: Any = None
 
 
-def measure(rank: int, ranks: int, hosts: list[Host], bandwidths: list[float], sizes: list[int], elements: int) -> Timings:
+def measure(rank: int, ranks: int, hosts: list[Host], bandwidths: list[float], sizes: list[int], lengths: list[int]) -> Timings:
     """Time dense and sparse reductions at every bandwidth."""
     found = Timings()
+    for bandwidth in bandwidths:
+        shape(rank, hosts, bandwidth)
+        found.dense_s[bandwidth] = {size: _dense_s(size) for size in sizes}
+    found.sparse = {length: _sparse(rank, hosts, bandwidths, length) for length in lengths}
+    return found
+
+
+def _sparse(rank: int, hosts: list[Host], bandwidths: list[float], elements: int) -> Sparse:
+    found = Sparse()
     gradients, state = Gradients(elements, rank), SparseAllreduceState(**SETTINGS)
     acc, k = torch.zeros(elements), round(DENSITY * elements)
 
-    def sparse() -> None:
+    def step() -> None:
         threshold = state.local.value
         if threshold is not None:
             chosen = select(acc, threshold)
@@ -63,15 +83,14 @@ def measure(rank: int, ranks: int, hosts: list[Host], bandwidths: list[float], s
     shape(rank, hosts, None)
     for _ in range(WARM_UP):
         acc += gradients.next()
-        sparse()
+        step()
     for bandwidth in (None, *bandwidths):
         shape(rank, hosts, bandwidth)
-        found.dense_s[bandwidth] = {size: _dense_s(size) for size in sizes}
         taken.clear()
         for _ in range(STEPS):
             acc += gradients.next()
-            sparse()
-        found.sparse_s[bandwidth] = _slowest_median(taken)
+            step()
+        found.seconds[bandwidth] = _slowest_median(taken)
     traffic = state.traffic
     found.words = {name: max(traffic.sent_bytes[name], traffic.received_bytes[name]) / 4 for name in PHASES}
     shape(rank, hosts, None)
