@@ -7,7 +7,7 @@ that a link of that bandwidth adds to a step of Ok-Topk, at every number of rank
 Network namespaces stand for hosts; each link is shaped at both ends by a token bucket, which adds no latency and **lets 64 KiB
 pass at once whenever it has been idle**, so at the start of every phase. Of that the model knows nothing, and predicts too long
 times where phases are short; the longer vector is there to have long ones. The ranks are processes that share the machine's two
-cores, so a step of Ok-Topk takes long without any limit as well: that time is measured and stands in ``unshaped_ms``; predicted is
+cores, so a step of Ok-Topk takes long without any limit as well: that is measured and stands in ``unshaped_ms``; predicted is
 what comes on top of it.
 
 Run (as root): python benchmarks/ok_topk_calibration.py [--bandwidths MBIT ...] [--tiny]
