@@ -35,7 +35,7 @@ from lightning_plugins._support.atomic import atomic_write
 from lightning_plugins.reporting.sparse_allreduce import draw_mass
 from tests.ranks.client import Ranks
 
-RATES = {"gratings_cnn": (0.025, 0.05, 0.1, 0.2), "character_transformer": (0.1, 0.2, 0.4, 0.8)}
+RATES = {"gratings_cnn": (0.0125, 0.025, 0.05, 0.1), "character_transformer": (0.2, 0.4, 0.8)}
 STEPS = {"gratings_cnn": (1000,), "character_transformer": (300, 1500)}  # at 1 % an entry waits for about 100 steps
 LONG = 1200  # steps, from which on the variants of Ok-Topk are left out
 VARIANTS = ("Ok-Topk, exact", "Ok-Topk, reused", "Ok-Topk with the published defect")

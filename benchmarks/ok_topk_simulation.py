@@ -12,10 +12,12 @@ what ``ok_topk_calibration.py`` asks.
 Each vector is a sample of 2^19 entries with the same density, profile and overlap, which stands for the whole one.
 
 Run: python benchmarks/ok_topk_simulation.py [--alpha-us X] [--beta-ns-per-word X]
+Reads: benchmarks/results/ok_topk_bytes.csv, what the engine really sends.
 Writes: benchmarks/results/ok_topk_simulation.csv, docs/pictures/ok_topk_bytes.png, ok_topk_receive_load.png, ok_topk_scaling.png.
 """
 
 import argparse
+import csv
 import itertools
 import math
 from collections.abc import Callable
@@ -25,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from _results import write_results
+from _results import RESULTS, write_results
 
 from lightning_plugins._support.atomic import atomic_write
 from lightning_plugins.engines.sparse_allreduce.simulated_collectives import union_of
@@ -366,6 +368,14 @@ def receive_loads(ranks: int = 16) -> tuple[list[dict[str, Any]], dict[str, list
     return rows, loads, 4 * 2 * 10_000
 
 
+def counted() -> dict[str, list[tuple[float, float]]]:
+    """Return what ``ok_topk_bytes.py`` has counted in the engine on random supports, for as many times the entries."""
+    with (RESULTS / "ok_topk_bytes.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if (row["support"], row["scheme"]) == ("random", "ours")]
+    words = {int(row["ranks"]): float(row["sent_mean"]) for row in rows}
+    return {"Ok-Topk": [(ranks, 4 * BERT.density * BERT.elements * of_k) for ranks, of_k in words.items()]}
+
+
 def draw(
     phases: dict[tuple[str, int], list[Phase]], corners: dict[str, Setting], loads: dict[str, list[float]], bound: float
 ) -> None:
@@ -386,7 +396,8 @@ def draw(
         "ok_topk_bytes": draw_bytes_per_rank(
             curves,
             [(ranks, 2 * k, 6 * k) for ranks, k in part],
-            title="BERT, 134 M entries, 1 % selected: simulated on extrapolated supports",
+            counted(),
+            title="BERT, 134 M entries, 1 % selected: simulated on extrapolated supports; dots: the engine, at 1 M, scaled",
             bound_name="2k to 6k words",
         ),
         "ok_topk_receive_load": draw_receive_load(

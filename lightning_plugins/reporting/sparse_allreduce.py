@@ -20,6 +20,7 @@ COLOURS = {
     "Gaussian-k": "tab:brown",
     "Ok-Topk": "tab:red",
     "PowerSGD": "tab:cyan",
+    "no communication": "silver",
 }
 SPARE_COLOURS = ("tab:blue", "tab:olive", "tab:pink", "tab:gray", "teal", "darkorange", "indigo", "firebrick")
 WIDTH, HEIGHT, PANEL_WIDTH, LEGEND_WIDTH = 9.0, 5.0, 4.4, 1.6  # inches
