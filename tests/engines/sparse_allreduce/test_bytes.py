@@ -36,12 +36,12 @@ def has_owners(moved):
     return enough[linear_sum_assignment(enough, maximize=True)].all()
 
 
-@pytest.mark.parametrize(("count", "threshold"), [(2, "reused"), (3, "servo"), (5, "reused")])
+@pytest.mark.parametrize(("count", "threshold", "steps"), [(2, "reused", 3), (3, "servo", 3), (5, "reused", 3), (5, "servo", 8)])
 @pytest.mark.parametrize("kind", SUPPORTS)
-def test_no_support_moves_more_than_six_words_an_entry(kind, count, threshold):
+def test_no_support_moves_more_than_six_words_an_entry(kind, count, threshold, steps):
     """With every rank's region its own, and with those it holds most of; at steps that compute thresholds and at others."""
     for owners in ("rank", "local"):
-        for moved in measured(count, kind, 3, threshold=threshold, owners=owners):
+        for moved in measured(count, kind, steps, threshold=threshold, owners=owners):
             for of_rank in moved:
                 assert of_rank.most_selected <= K
                 slack = 2 * of_rank.granularity + count * WORST_PADDING
