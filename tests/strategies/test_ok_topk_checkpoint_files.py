@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_plugins import OkTopkStrategy
-from lightning_plugins._lightning import ModelCheckpoint, submodule
+from lightning_plugins._lightning import LIGHTNING_VERSION, ModelCheckpoint, submodule
 from lightning_plugins._support.failpoints import armed
 from lightning_plugins.strategies import _rank_files
 from lightning_plugins.strategies.atomic_checkpoint import AtomicCheckpointIO
@@ -64,6 +64,7 @@ def save_later(rank, world_size, path):
     return fit(Net(save={4: path}), world_size, OkTopkStrategy(**OPTIONS, **BUCKETS, checkpoint_io=plugin))
 
 
+@pytest.mark.skipif(LIGHTNING_VERSION.startswith("2.5."), reason="its AsyncCheckpointIO writes what training has changed since")
 def test_a_plugin_that_writes_in_the_background_writes_all(ranks, tmp_path):
     path = str(tmp_path / "a.ckpt")
     whole = ranks.run(save_later, 2, path)

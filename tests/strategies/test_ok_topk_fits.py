@@ -53,6 +53,39 @@ def test_a_second_fit_of_a_module_goes_on_with_what_waits(ranks):
         assert not other[1].any(), "residuals of one module are not sent for another"
 
 
+class Watched(Net):
+    """Keeps what is logged of the bytes after each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent_mb = []
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.sent_mb.append(self.trainer.callback_metrics.get("ok_topk/sent_mb"))
+
+
+def log_two_fits(rank, world_size):
+    """Return what is logged in the first step of a second fit, the fourth of all, by the interval of the logs."""
+    torch.set_num_threads(1)
+    found = {}
+    for every in (1, 2):
+        strategy = OkTopkStrategy(**OPTIONS, **BUCKETS, log_every=every)
+        trainer = Trainer(accelerator="cpu", devices=world_size, strategy=strategy, max_steps=3, **QUIET)
+        data, module = DataLoader(TensorDataset(torch.zeros(100, 1)), batch_size=1), Watched()
+        trainer.fit(module, data)
+        trainer.fit_loop.epoch_loop.max_steps = 6
+        trainer.fit(module, data)
+        found[every] = float(module.sent_mb[3])
+    return found
+
+
+def test_the_first_log_of_a_second_fit_is_of_its_own_steps(ranks):
+    """Though the first one has begun the interval, its steps are not counted in."""
+    for found in ranks.run(log_two_fits, 2):
+        assert found[2] == pytest.approx(found[1], abs=1e-9)
+        assert found[1] > 0
+
+
 def search(rank, world_size, folder):
     """Train with a search for a learning rate before, which leaves nothing behind but its finding, and without."""
     torch.set_num_threads(1)
