@@ -109,15 +109,15 @@ def _timed(job: Callable[[], Any]) -> float:
         start_s = time.perf_counter()
         job()
         taken.append(time.perf_counter() - start_s)
-        if sum(taken) > 10:  # slow enough to be measured by few
+        spent_s = torch.tensor(sum(taken))
+        dist.all_reduce(spent_s, dist.ReduceOp.MAX)  # all ranks have to stop at the same repetition
+        if float(spent_s) > 10:  # slow enough to be measured by few
             break
     return _slowest_median(taken[1:] or taken)
 
 
 def _slowest_median(taken: list[float]) -> float:
-    """Return the median over the repetitions of the slowest rank's seconds; ranks may have stopped at different counts."""
-    shortest = torch.tensor(len(taken))
-    dist.all_reduce(shortest, dist.ReduceOp.MIN)
-    seconds = torch.tensor(taken[: int(shortest)], dtype=torch.float64)
+    """Return the median over the repetitions of the slowest rank's seconds."""
+    seconds = torch.tensor(taken, dtype=torch.float64)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
     return statistics.median(seconds.tolist())
