@@ -60,12 +60,13 @@ else:
     WandbLogger = submodule("loggers").WandbLogger
     TorchCheckpointIO = submodule("plugins.io").TorchCheckpointIO
     DDPStrategy = submodule("strategies").DDPStrategy
-    MisconfigurationException = submodule("utilities.exceptions").MisconfigurationException
 
     def __getattr__(name: str) -> object:
-        # jsonargparse is an extra, and slow to import for those who only want an adapter; few want Fabric.
+        # jsonargparse is an extra, and slow to import for those who only want an adapter; few want Fabric, or what Lightning raises.
         if name in ("LightningCLI", "SaveConfigCallback"):
             return getattr(submodule("cli"), name)
+        if name == "MisconfigurationException":
+            return submodule("utilities.exceptions").MisconfigurationException
         if name == "FabricDDPStrategy":
             fabric = "lightning_fabric" if NAMESPACE == "pytorch_lightning" else "lightning.fabric"
             return import_module(f"{fabric}.strategies").DDPStrategy
