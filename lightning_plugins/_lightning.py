@@ -62,7 +62,7 @@ else:
     DDPStrategy = submodule("strategies").DDPStrategy
 
     def __getattr__(name: str) -> object:
-        # jsonargparse is an extra, and slow to import for those who only want an adapter; few want Fabric, or what Lightning raises.
+        # jsonargparse is an extra, and slow to import for those who only want an adapter; few want the others.
         if name in ("LightningCLI", "SaveConfigCallback"):
             return getattr(submodule("cli"), name)
         if name == "MisconfigurationException":
