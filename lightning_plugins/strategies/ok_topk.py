@@ -85,7 +85,7 @@ class OkTopkStrategy(DDPStrategy):
         self._log, self._skips_seen = StepLog(log_every), 0
         self._restored_from: tuple[str, dict[str, Any]] | None = None
         self._training: weakref.ref[nn.Module] | None = None  # what `ok_topk` has the residuals of
-        self._running = False
+        self._running = self._loaded = False
         super().__init__(**ddp)
 
     def __repr__(self) -> str:
@@ -111,9 +111,10 @@ class OkTopkStrategy(DDPStrategy):
         self.ok_topk.check_ranks()
         if self._restored_from is not None:
             restore(self.ok_topk, *self._restored_from)
-        elif earlier is not None:
+        elif earlier is not None and not self._loaded and earlier.shapes == self.ok_topk.shapes:
             self.ok_topk.load_rank_state_dict(earlier.rank_state_dict())
         self._log, self._skips_seen = StepLog(self._options.measure_every), self.ok_topk.skipped_count
+        self._loaded = False
         self._training, self._running = weakref.ref(self.lightning_module), True
         super().configure_ddp()
 
@@ -164,6 +165,7 @@ class OkTopkStrategy(DDPStrategy):
         chosen = {} if weights_only is None else {"weights_only": weights_only}  # Lightning 2.5 has no such argument
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, **chosen)
         described = checkpoint.get(files.KEY)
+        self._loaded = True  # other weights: what waits from an earlier fit is not theirs
         self._restored_from = None if described is None else (str(checkpoint_path), described)
         if self._running and self._restored_from is not None:
             assert self.ok_topk is not None

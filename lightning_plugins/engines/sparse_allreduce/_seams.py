@@ -8,6 +8,8 @@ import torch.distributed as dist
 
 def timeout_of(group: dist.ProcessGroup | None, device: torch.device) -> timedelta | None:
     """Return how long a group waits for a silent rank, or None where torch does not tell: groups made of it wait as long."""
+    if group is None and dist.group.WORLD is None:
+        return None
     options = getattr(_backend(group, device), "options", None)
     return getattr(options, "_timeout", None)
 

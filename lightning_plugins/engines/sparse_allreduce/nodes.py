@@ -46,12 +46,12 @@ class Nodes:
             if place == self.place:
                 self.between = made
         self._node: dist.ProcessGroup | None = None
-        self.groups = [made for made in (self.between, self._node) if made is not None]
         self._wire_device = wire_device(group, device)
         for first in range(0, ranks, ranks_per_node) if ranks_per_node > 1 else ():
             made = dist.new_group(members[first : first + ranks_per_node], timeout=timeout)
             if first <= rank < first + ranks_per_node:
                 self._node = made
+        self.groups = [made for made in (self.between, self._node) if made is not None]
 
     def chunk(self, size: int) -> int:
         """Return the elements of a rank's chunk of a parameter; the last chunks may be padded."""
