@@ -165,7 +165,7 @@ class OkTopkStrategy(DDPStrategy):
         chosen = {} if weights_only is None else {"weights_only": weights_only}  # Lightning 2.5 has no such argument
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, **chosen)
         described = checkpoint.get(files.KEY)
-        self._loaded = True  # other weights: what waits from an earlier fit is not theirs
+        self._loaded = not self._running  # other weights: what waits from an earlier fit is not theirs
         self._restored_from = None if described is None else (str(checkpoint_path), described)
         if self._running and self._restored_from is not None:
             assert self.ok_topk is not None
